@@ -1,0 +1,21 @@
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: soaks that take minutes; run with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in (config.option.markexpr or ""):
+        keep = [i for i in items if "slow" not in i.keywords]
+        config.hook.pytest_deselected(items=[i for i in items if "slow" in i.keywords])
+        items[:] = keep

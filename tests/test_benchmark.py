@@ -1,0 +1,84 @@
+"""The benchmark runs and its tables hold together; --compile meets no graph break. No speed is asserted."""
+import importlib
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from benchmark import METHODS, PARTS, Done, command, run_train, write_jpegs
+
+import common
+
+each = pytest.mark.parametrize("script", METHODS)
+
+
+def test_quick_run_writes_whole_tables(tmp_path):
+    """(1) and (2) as a user starts them: valid JSON, positive medians within their spread, JPEGs as large as
+    photographs, and a table that says what was not measured."""
+    program = [sys.executable, str(Path(__file__).with_name("benchmark.py")), "--quick", "--only", "data,views"]
+    subprocess.run([*program, "--methods", METHODS[0], "--out", str(tmp_path)], check=True, capture_output=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    (file,), (text,) = tmp_path.glob("*.json"), tmp_path.glob("*.md")
+    results = json.loads(file.read_text())
+    assert set(results) == {"data", "views"} and results["data"]["on"]["quick"]
+    paths, kilobytes = results["data"]["rows"], results["data"]["kilobytes"]
+    names = {row["path"] for row in paths}
+    assert len(paths) == 7 and {"standard, two views", "ours, files, canvas 512", "ours, cache, canvas 384"} <= names
+    assert 60 < kilobytes["min"] and kilobytes["max"] < 150
+    (row,) = results["views"]["rows"]
+    summaries = [kilobytes, row["ms_a_view"], row["standard_ms_a_view"],
+                 *(row[key] for row in paths for key in ("ms_cpu", "ms_wall", "images_per_second", "of_two_views"))]
+    assert all(0 < s["min"] <= s["median"] <= s["max"] for s in summaries)
+    assert text.read_text().count("not measured yet (") == len(PARTS) - 2
+
+
+def test_cache_and_files_give_the_same_canvases(tmp_path):
+    """Bit for bit, in any order, with the original's size, from the images that the benchmark times."""
+    write_jpegs(tmp_path / "jpegs", 3)
+    files = common.open_images(str(tmp_path / "jpegs"), 384)
+    cache = common.open_images(str(tmp_path / "jpegs"), 384, cache=str(tmp_path / "cache"))
+    for rows in ([0, 1, 2], [2, 1]):
+        one, other = files.__getitems__(rows), cache.__getitems__(rows)
+        assert one.canvas.any() and one.size.tolist() == [[480, 640]] * len(rows)
+        assert all(torch.equal(a, b) for a, b in zip(one[:-1], other[:-1]))
+
+
+@each
+def test_what_compile_compiles_has_no_graph_break(script, tmp_path, monkeypatch):
+    """train() names the modules and calls them for one step; each is then traced whole at each shape and in each mode
+    that it was called in, with its backward pass."""
+    module, compiled, seen = importlib.import_module(script), [], {}
+    for name in ("draw", "knn_probe", "slot_quality", "object_mass", "save_checkpoint", "batches"):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, getattr(module, name))  # as it was, once run_train has had its way
+    monkeypatch.setattr("signal.signal", lambda *a: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
+
+    def called(net, inputs):
+        seen[id(net), inputs[0].shape, net.training] = net, inputs
+
+    def boundary(step):
+        if step:
+            raise Done
+        hooks.extend(net.register_forward_pre_hook(called) for net in compiled)
+
+    hooks, opt = [], types.SimpleNamespace(sizes="demo", quick=True, arch=None, batch_size=None, precision="fp32")
+    run_train(script, command(script, opt, "--compile", "--device", "cpu", "--out", tmp_path), boundary)
+    assert len(compiled) >= 2 and {id(net) for net in compiled} == {net for net, _, _ in seen}
+    for hook in hooks:
+        hook.remove()
+    for (_, _, training), (net, inputs) in seen.items():
+        torch._dynamo.reset()
+        trained = next(net.parameters()).requires_grad
+        traced = torch.compile(net.train(training), backend="aot_eager" if trained else "eager", fullgraph=True,
+                               dynamic=False)
+        found = traced(*inputs)
+        while not isinstance(found, torch.Tensor):
+            found = found[0]
+        if trained:
+            found.sum().backward()

@@ -1,0 +1,436 @@
+"""eval_linear.py: its measures against brute force and hand-worked cases, its training against itself in parts."""
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+from scipy.ndimage import label as connected
+from scipy.optimize import linear_sum_assignment
+from sklearn.datasets import load_digits
+
+import eval_linear as ev
+from common import UserError, backbone, find_backbone, load_backbone, save_backbone, scenes
+
+TINY = ["--weights", "random", "--preset", "demo", "--image-size", "32", "--canvas", "32", "--batch-size", "16",
+        "--precision", "fp64", "--workers", "0", "--device", "cpu", "--steps", "6", "--log-every", "1"]
+PROTOCOLS = [["linear", "--lrs", "0.1", "1"], ["linear", "--feature-bn", "--lrs", "0.1"], ["knn", "--k", "3", "10"],
+             ["finetune", "--label-fraction", "0.8"], ["retrieval"], ["segment", "--lrs", "1"],
+             ["segment", "--unsupervised"], ["localize"]]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for s, handler in kept.items():
+        signal.signal(s, handler)
+
+
+def write(folder, images, names):
+    for image, name in zip(images, names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """images/ and masks/ with train/ and val/: 4 classes, 12 and 5 images of each, 32 pixels; masks 0..4 and void."""
+    root = tmp_path_factory.mktemp("data")
+    found, count = scenes(list(range(600)), 32), [0] * 4
+    for image, mask, c in zip(found[0].permute(0, 2, 3, 1).numpy(), found[1][:, 0].numpy(), found[2].tolist()):
+        if c > 3 or count[c] == 17:
+            continue
+        name = f"{'val' if count[c] < 5 else 'train'}/class{c}/{count[c]:03d}.png"
+        write(root / "images", [image], [name])
+        write(root / "masks", [np.where(mask > 4, 255, mask).astype(np.uint8)], [name])
+        count[c] += 1
+    assert count == [17] * 4
+    return root
+
+
+def run(folder, out, protocol, *more):
+    argv = [*TINY, "--data", str(folder), "--out", str(out), "--protocol", *map(str, (protocol, *more))]
+    return ev.main(ev.parse_args(argv))
+
+
+def measures(line):
+    """What a run found, without where and when."""
+    same = ("weights", "data", "versions", "device", "processes", "precision", "seconds", "settings")
+    return {k: v for k, v in line.items() if k not in same}
+
+# ------------------------------------------------------------------------------------------------------------- measures
+
+
+def test_hungarian_equals_brute_force_and_scipy():
+    rng = np.random.default_rng(0)
+    for trial in range(60):
+        n, m = sorted(rng.integers(1, 6, 2))
+        cost = rng.integers(-3, 4, (n, m)).astype(float) if trial % 2 else rng.normal(size=(n, m))  # ties, too
+        column = ev.hungarian(cost)
+        assert len(set(column)) == n
+        least = min(cost[range(n), p].sum() for p in itertools.permutations(range(int(m)), int(n)))
+        assert cost[range(n), column].sum() == pytest.approx(least, abs=1e-12)
+    for n, m in ((40, 40), (27, 60)):
+        cost = -rng.integers(0, 10 ** 6, (n, m)).astype(float)
+        rows, columns = linear_sum_assignment(cost)
+        assert cost[range(n), ev.hungarian(cost)].sum() == cost[rows, columns].sum()
+
+
+def test_miou_and_accuracy_of_a_hand_worked_case():
+    truth = torch.tensor([[0, 0, 1, 1], [2, 2, 255, 255]])
+    guess = torch.tensor([[0, 1, 1, 1], [2, 0, 2, 1]])
+    counts = ev.confusion(guess, truth, 4)  # class 3 is met nowhere
+    assert counts.tolist() == [[1, 0, 1, 0], [1, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    found = ev.segment_scores(counts)  # IoU 1/3, 2/3, 1/2
+    assert found["miou"] == pytest.approx(50) and found["pixel_accuracy"] == pytest.approx(100 * 4 / 6)
+
+
+def test_matching_is_one_to_one_over_the_whole_set():
+    counts = torch.tensor([[5, 4, 0], [6, 0, 1]])  # 4 + 6 right, against 5 + 1
+    named, column = ev.match(counts)
+    assert column.tolist() == [1, 0]
+    assert named.tolist() == [[6, 0, 1], [5, 4, 0], [0, 0, 0]]
+
+
+def test_retrieval_hand_worked():
+    angle = torch.tensor([0.0, 10, 25, 60, 200]) / 180 * torch.pi
+    x, y = torch.stack([angle.cos(), angle.sin()], 1), torch.tensor([0, 1, 0, 0, 7])
+    # 0: b c d -> 1 0 0: hits at 2, 3; of 10: a(10) c(15) no partner; 25: b a d: hits 2, 3; 60: c b a: hits 1, 3
+    found = ev.retrieval_scores(x, y, chunk=2)
+    ap = [(1 / 2 + 2 / 3) / 2, (1 / 2 + 2 / 3) / 2, (1 + 2 / 3) / 2]
+    assert found["queries"] == 3 and found["rank1"] == pytest.approx(100 / 3) and found["rank5"] == pytest.approx(100)
+    assert found["map"] == pytest.approx(100 * sum(ap) / 3)
+
+
+def test_retrieval_equals_a_loop():
+    torch.manual_seed(0)
+    x, y = torch.randn(41, 5).double(), torch.randint(0, 6, (41,))
+    rank1, ap = [], []
+    for i in range(41):
+        order = sorted((j for j in range(41) if j != i), key=lambda j: -F.cosine_similarity(x[i], x[j], dim=0).item())
+        places = [r for r, j in enumerate(order, 1) if y[j] == y[i]]
+        if places:
+            rank1.append(places[0] == 1)
+            ap.append(sum(n / r for n, r in enumerate(places, 1)) / len(places))
+    found = ev.retrieval_scores(x, y, chunk=7)
+    assert found["rank1"] == pytest.approx(100 * np.mean(rank1)) and found["map"] == pytest.approx(100 * np.mean(ap))
+
+
+def test_largest_box_is_that_of_scipys_largest_part():
+    rng = np.random.default_rng(1)
+    masks = np.stack([rng.random((9, 14)) < p for p in np.linspace(0.05, 0.9, 40)])
+    snake = np.zeros((9, 14), bool)  # one long part: the number has far to go
+    snake[::2], snake[1::4, -1], snake[3::4, 0] = True, True, True
+    masks = np.concatenate([masks, snake[None], np.zeros((1, 9, 14), bool)])
+    for mask, box in zip(masks, ev.largest_boxes(torch.from_numpy(masks))):
+        parts, n = connected(mask)
+        sizes = np.bincount(parts.ravel(), minlength=n + 1)[1:]
+        found = [0, 0, 1, 1] if not n else None
+        boxes = []
+        for part in (k + 1 for k in range(n) if sizes[k] == sizes.max()):
+            y, x = (parts == part).nonzero()
+            boxes.append([x.min() / 14, y.min() / 9, (x.max() + 1) / 14, (y.max() + 1) / 9])
+        assert any(np.allclose(box, b, atol=1e-6) for b in boxes or [found])
+
+
+def test_corloc_and_maxboxacc_hand_worked():
+    s = torch.full((3, 10, 10), 0.2)
+    s[0, 2:6, 2:6] = 1  # truth is this square: right above 0.2
+    s[1, 0:5, 0:4], s[1, 9, 9] = 0.5, 1  # truth is the 0.5 part: right in (0.2, 0.5], wrong above, peak outside
+    truth = [torch.tensor(boxes).view(-1, 4) for boxes in ([[0.9, 0.9, 1, 1], [0.2, 0.2, 0.6, 0.6]],
+                                                           [[0, 0, 0.4, 0.5]], [])]
+    counts, boxes = ev.localize_scores(s, truth)
+    level = dict(zip(ev.LEVELS, counts[1:-2].tolist()))
+    assert counts[0] == 2 and counts[-1] == 2 and counts[-2] == 1
+    assert level[0.1] == 0 and level[0.25] == 2 and level[0.5] == 2 and level[0.55] == 1
+    assert torch.allclose(boxes[0], truth[0][1]) and torch.allclose(boxes[1], truth[1][0])
+
+
+def test_kmeans_finds_separate_directions_and_heeds_weights():
+    torch.manual_seed(0)
+    true = F.normalize(torch.randn(5, 8).double(), dim=1)
+    x = F.normalize(true.repeat_interleave(40, 0) + 0.05 * torch.randn(200, 8).double(), dim=1)
+    c = ev.kmeans(x, 5, torch.Generator().manual_seed(0))
+    assert ((true @ c.T).amax(1) > 0.99).all() and torch.allclose(c.norm(dim=1), torch.ones(5).double())
+    weight = torch.zeros(200).double()
+    weight[:80] = 1
+    c = ev.kmeans(x, 2, torch.Generator().manual_seed(0), weight)
+    assert ((true[:2] @ c.T).amax(1) > 0.99).all()
+
+
+def test_cut_mask_follows_the_crop():
+    mask = (torch.arange(16)[:, None] * 8 // 16 * 10 + torch.arange(16) * 8 // 16)[None, None].to(torch.uint8)  # 2 x 2
+    box = torch.tensor([[0.25, 0.5, 0.75, 1.0]]).double()
+    whole = ev.cut_mask(mask, box, 4)
+    assert whole[0].tolist() == [[10 * r + c for c in range(2, 6)] for r in range(4, 8)]
+    assert torch.equal(ev.cut_mask(mask, box, 4, torch.tensor([True])), whole.flip(2))
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def checkpoint(out):
+    path, = out.glob("*.pt")
+    return torch.load(path, weights_only=True)
+
+
+def test_a_sweeps_head_is_that_head_trained_alone(folder, tmp_path):
+    both = run(folder, tmp_path / "both", "linear", "--lrs", 0.3, 3)
+    alone = run(folder, tmp_path / "alone", "linear", "--lrs", 3)
+    heads = [checkpoint(tmp_path / name)["heads"] for name in ("both", "alone")]
+    assert torch.equal(heads[0]["1.weight"], heads[1]["0.weight"])
+    assert torch.equal(heads[0]["1.bias"], heads[1]["0.bias"])
+    assert not torch.equal(heads[0]["0.weight"], heads[0]["1.weight"])
+    assert both["sweep"][1] == alone["sweep"][0] and both["top1"] == max(row["top1"] for row in both["sweep"])
+
+
+def test_linear_equals_a_plain_loop(folder, tmp_path):
+    """The head after two steps, from crops of the whole image without a flip, against SGD written out by hand."""
+    from common import crop, normalize, open_images, seeded, uniforms
+    run(folder, tmp_path, "linear", "--lrs", 3, "--steps", 2, "--crop-area", 1, 1, "--weight-decay", 0.1)
+    torch.manual_seed(0)
+    net, images = backbone("small").double().eval(), open_images(str(folder), 32)
+    torch.manual_seed(0)
+    w = torch.nn.Conv2d(256, 4, 1).double()
+    w = torch.nn.init.normal_(w.weight.data.float(), std=0.01).double()[:, :, 0, 0]
+    b, order = torch.zeros(4).double(), torch.randperm(48, generator=seeded(0, 1, 0))
+    mu_w, mu_b = torch.zeros_like(w), torch.zeros_like(b)
+    for step in range(2):
+        batch = images.__getitems__(order[step * 16:step * 16 + 16].tolist())
+        flip = uniforms(0, step, 16, 41)[:, 40] < 0.5
+        box = torch.tensor([[0.0, 0, 1, 1]]).double().repeat(16, 1)
+        with torch.no_grad():
+            x = net(normalize(crop(batch.canvas, box, 32, flip, dtype=torch.float64)))[-1].mean((2, 3))
+        g = ((x @ w.T + b).softmax(1) - F.one_hot(batch.label, 4)) / 16
+        rate = 3 * 16 / 256 * (1 + np.cos(np.pi * step / 2)) / 2
+        mu_w, mu_b = 0.9 * mu_w + g.T @ x + 0.1 * w, 0.9 * mu_b + g.sum(0) + 0.1 * b
+        w, b = w - rate * mu_w, b - rate * mu_b
+    found = checkpoint(tmp_path)["heads"]
+    assert torch.allclose(found["0.weight"][:, :, 0, 0], w, rtol=1e-9, atol=1e-12), "head"
+    assert torch.allclose(found["0.bias"], b, rtol=1e-9, atol=1e-12)
+
+
+def test_frozen_means_frozen_and_finetune_trains_all(folder, tmp_path):
+    torch.manual_seed(0)
+    before = backbone("small").double()
+    model = ev.Classifier(before, 3, heads=2).double().train()
+    state = {k: v.clone() for k, v in before.state_dict().items()}
+    sum(x.sum() for x in model(torch.randn(4, 3, 32, 32).double())).backward()
+    assert all(p.grad is None for p in model.encoder.parameters()) and model.heads[0].weight.grad is not None
+    assert all(torch.equal(v, state[k]) for k, v in before.state_dict().items())  # batch norm's statistics, too
+    run(folder, tmp_path, "finetune")
+    after = find_backbone(checkpoint(tmp_path), "checkpoint")
+    changed = [k for k, v in after.items() if not torch.allclose(v.double(), state[k].double(), atol=1e-9)]
+    assert len(changed) == len(after)
+
+
+@pytest.mark.parametrize("protocol", [PROTOCOLS[1], ["finetune", "--median", "3"], PROTOCOLS[5]], ids=lambda p: p[0])
+def test_interrupted_and_gone_on_is_never_interrupted(folder, tmp_path, protocol, monkeypatch, capsys):
+    whole = run(folder, tmp_path / "whole", *protocol)
+    calls = []
+    with monkeypatch.context() as m:
+        m.setattr(ev, "agree", lambda *seen: (signal.SIGTERM * (len(calls) == 3), len(calls.append(seen) or ())))
+        with pytest.raises(SystemExit) as stopped:
+            run(folder, tmp_path / "parts", *protocol)
+    assert stopped.value.code == 128 + signal.SIGTERM and checkpoint(tmp_path / "parts")["step"] == 4
+    again = run(folder, tmp_path / "parts", *protocol)
+    assert "goes on from step 4 of 6" in capsys.readouterr().err
+    assert measures(again) == measures(whole)
+    a, b = (checkpoint(tmp_path / name)["heads"] for name in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert measures(run(folder, tmp_path / "parts", *protocol)) == measures(whole)  # finished: nothing is trained
+
+
+def test_the_median_of_the_last_epochs(folder, tmp_path, monkeypatch):
+    looks = iter([{"top1": v} for v in (10.0, 90.0, 20.0)])
+    monkeypatch.setattr(ev, "test_heads", lambda *a: [next(looks)])
+    line = run(folder, tmp_path, "finetune", "--steps", 9, "--median", 3)  # 3 steps an epoch
+    assert line["top1"] == 20 and line["epochs_tested"] == 3
+
+# ------------------------------------------------------------------------------------------------------------ protocols
+
+
+def test_knn_of_the_script_equals_a_loop(folder, tmp_path):
+    from common import features, open_images
+    line = run(folder, tmp_path, "knn", "--k", 5, "--temperature", 0.1)
+    torch.manual_seed(0)
+    net, right = backbone("small").double(), 0
+    (x, y), (q, t) = (features(net, open_images(str(folder), 32, split), range(n), size=32, device="cpu")
+                      for split, n in (("train", 48), ("val", 20)))
+    for query, true in zip(q, t):
+        near = sorted(((F.cosine_similarity(query, row, dim=0).item(), c.item()) for row, c in zip(x, y)), reverse=True)
+        votes = [sum(np.exp(s / 0.1) for s, c in near[:5] if c == k) for k in range(4)]
+        right += int(np.argmax(votes)) == true
+    assert line["top1_k5"] == pytest.approx(100 * right / 20)
+
+
+def test_label_fraction_is_balanced_and_seeded_and_lists_are_kept(folder, tmp_path):
+    from common import open_images
+    args = ev.parse_args([*TINY, "--data", str(folder), "--protocol", "finetune", "--label-fraction", "0.25"])
+    images = open_images(str(folder), 32)
+    rows = ev.few_labels(args, images, list(range(48)))
+    assert images.labels[rows].bincount().tolist() == [3] * 4 and rows == ev.few_labels(args, images, list(range(48)))
+    args.seed = 1
+    assert rows != ev.few_labels(args, images, list(range(48)))
+    (tmp_path / "list.txt").write_text("class2/007.png\nclass0/016.png\n\n")
+    args.label_list = str(tmp_path / "list.txt")
+    assert [os.fsdecode(images.files[i])[-14:] for i in ev.few_labels(args, images, list(range(48)))] == [
+        "class0/016.png", "class2/007.png"]
+
+
+class Seer(torch.nn.Module):
+    """A "backbone" whose map says, in each pixel, which of five colours is nearest: perfect features."""
+
+    colors = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]]).double()
+
+    def __init__(self, arch):
+        super().__init__()
+        self.channels = [5]
+
+    def forward(self, x):
+        shift, scale = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double().view(2, 1, 3, 1, 1)
+        far = (((x * scale + shift)[:, None] - self.colors.view(1, 5, 3, 1, 1)) ** 2).sum(2)
+        return [F.one_hot(far.argmin(1), 5).permute(0, 3, 1, 2).double()]
+
+
+@pytest.mark.parametrize("how", [["--unsupervised"], ["--lrs", "3", "30", "--steps", "12"]], ids=["kmeans", "head"])
+def test_perfect_features_segment_perfectly(tmp_path, monkeypatch, how):
+    rng = np.random.default_rng(0)
+    masks = [np.kron(rng.permutation(8).reshape(2, 4) % 5, np.ones((16, 8))).astype(np.uint8) for _ in range(30)]
+    names = [f"{'val' if i < 6 else 'train'}/{i:02d}.png" for i in range(30)]
+    write(tmp_path / "data" / "images", [(Seer.colors.numpy()[m] * 255).astype(np.uint8) for m in masks], names)
+    voids = [np.where(np.arange(32) < 3, 255, m).astype(np.uint8) for m in masks]
+    write(tmp_path / "data" / "masks", voids, names)
+    monkeypatch.setattr(ev, "backbone", Seer)
+    line = run(tmp_path / "data", tmp_path / "out", "segment", *how)
+    assert line["classes"] == 5 and line["miou"] > 90 and line["pixel_accuracy"] > 95  # resizing blurs the edges
+
+
+def test_slotcon_prototypes_are_merged_and_matched(folder, tmp_path):
+    import slotcon
+    torch.manual_seed(0)
+    shape = {"arch": "small", "prototypes": 9, "dim": 16, "hidden": 32}
+    model = slotcon.Model(**shape)
+    state = {"method": "slotcon", "shape": shape, "teacher": model.make_teacher().state_dict(), "step": 1}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    line = run(folder, tmp_path, "segment", "--unsupervised", "--weights", tmp_path / "checkpoint.pt")
+    assert line["clusters"].startswith("9 prototypes") and 0 < line["pixel_accuracy"] < 100
+    save_backbone(tmp_path / "backbone.pth", model.student.encoder)
+    bare = run(folder, tmp_path, "segment", "--unsupervised", "--weights", tmp_path / "backbone.pth")
+    assert bare["clusters"] == "k-means" and bare["weights_sha256"] == line["weights_sha256"]
+    assert len(list((tmp_path / "pictures").glob("segment-*.png"))) == 2
+
+
+def test_every_run_leaves_a_line_a_table_and_pictures(folder, tmp_path, capsys):
+    for protocol in PROTOCOLS[:2] + PROTOCOLS[-2:]:
+        run(folder, tmp_path, *protocol)
+    said, lines = capsys.readouterr().out, (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        assert line in said
+        line = json.loads(line)
+        assert {"seed", "weights_sha256", "train", "test", "versions", "arch", "test_images"} <= set(line)
+    assert "best" in said and "corloc" in said and "miou" in said
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+
+
+def two(rank, port, folder, out):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo")
+    ev.setup_processes = lambda device, minutes: torch.device("cpu")  # one group for all protocols
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        for protocol in PROTOCOLS:
+            run(folder, out, *protocol)
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_one_processs_numbers(folder, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(two, (port, folder, tmp_path / "two"), nprocs=2)
+    found = [json.loads(line) for line in (tmp_path / "two" / "results.jsonl").read_text().splitlines()]
+    assert len(found) == len(PROTOCOLS)
+    for protocol, line in zip(PROTOCOLS, found):
+        wanted = run(folder, tmp_path / "one", *protocol)
+        assert line["processes"] == 2 and wanted["processes"] == 1
+        for k, v in measures(wanted).items():
+            assert line[k] == (pytest.approx(v, rel=1e-9) if isinstance(v, float) else v), (protocol, k)
+    for path in (tmp_path / "one").glob("*.pt"):
+        a, b = (torch.load(tmp_path / n / path.name, weights_only=True)["heads"] for n in ("one", "two"))
+        assert all(torch.allclose(a[k], b[k], rtol=1e-8, atol=1e-12) for k in a), path.name
+
+
+def test_digits_a_trained_backbone_is_worth_more_than_a_random_one(tmp_path):
+    """Real data, 8 x 8 pixels, as an image folder; trained briefly by `finetune`, whose checkpoint is weights, too."""
+    digits = load_digits()
+    for i in range(700):
+        image = np.kron(digits.images[i] / 16 * 255, np.ones((4, 4))).astype(np.uint8)
+        write(tmp_path / "digits", [image], [f"{'val' if i < 200 else 'train'}/{digits.target[i]}/{i:04d}.png"])
+    fast = ["--precision", "fp32", "--crop-area", "0.8", "1", "--batch-size", "32", "--image-size", "16"]
+    tuned = run(tmp_path / "digits", tmp_path / "out", "finetune", *fast, "--steps", 120, "--lr", .03, "--head-lr", .03)
+    weights, = (tmp_path / "out").glob("finetune-*.pt")
+    load_backbone(weights)
+    scores = [run(tmp_path / "digits", tmp_path / "out", "knn", *fast, "--k", 20, "--weights", w)["top1_k20"]
+              for w in ("random", weights)]
+    assert scores[1] > scores[0] + 5 and tuned["top1"] > 75, (scores, tuned["top1"])
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--weights", "nowhere.pth"], "no file"), (["--weights", ""], "random for the control"),
+    (["--label-fraction", "0.1"], "--protocol finetune"), (["--protocol", "finetune", "--label-fraction", "2"], "0..1"),
+    (["--protocol", "knn", "--unsupervised"], "segment"), (["--lrs", "0"], "above 0"), (["--k", "0"], "above 0"),
+    (["--protocol", "finetune", "--label-fraction", "0.01"], "leaves classes empty"),
+    (["--batch-size", "200", "--steps", "1"], "do not fill a batch")])
+def test_mistakes_are_one_line(folder, tmp_path, flags, words):
+    with pytest.raises(UserError, match=words) as error:
+        ev.main(ev.parse_args([*TINY, "--data", str(folder), "--out", str(tmp_path), *flags]))
+    assert "\n" not in str(error.value)
+
+
+def test_data_that_does_not_fit_is_refused(folder, tmp_path):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    write(tmp_path / "flat", [pixels] * 20, [f"{i}.png" for i in range(20)])
+    with pytest.raises(UserError, match="needs labels"):
+        run(tmp_path / "flat", tmp_path / "out", "linear")
+    with pytest.raises(UserError, match="has no masks"):
+        run(tmp_path / "flat", tmp_path / "out", "segment")
+    write(tmp_path / "gap", [pixels] * 21, [*(f"train/a/{i}.png" for i in range(18)), "val/a/0.png", "val/b/0.png"])
+    with pytest.raises(UserError, match="1 of 2 classes have no training image, such as 'b'"):
+        run(tmp_path / "gap", tmp_path / "out", "knn")
+    write(tmp_path / "odd" / "images", [pixels] * 20, [f"{i:02d}.png" for i in range(20)])
+    write(tmp_path / "odd" / "masks", [np.ones((8, 8 + (i == 19)), np.uint8) for i in range(20)],
+          [f"{i:02d}.png" for i in range(20)])
+    with pytest.raises(UserError, match="19.png is of"):
+        run(tmp_path / "odd", tmp_path / "out", "segment")
+    (tmp_path / "list.txt").write_text("class0/nowhere.png\n")
+    with pytest.raises(UserError, match="1 of its 1 lines"):
+        run(folder, tmp_path / "out", "finetune", "--label-list", tmp_path / "list.txt")
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "none.pth")
+    with pytest.raises(UserError, match="no ResNet"):
+        run(folder, tmp_path / "out", "linear", "--weights", tmp_path / "none.pth")
+
+
+def test_the_command_ends_in_one_line_and_status_2(tmp_path):
+    command = [sys.executable, str(ROOT / "eval_linear.py"), "--weights", "random", "--data", "nowhere"]
+    found = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert found.returncode == 2 and found.stderr.startswith("eval_linear.py: ") and found.stderr.count("\n") == 1

@@ -1,0 +1,140 @@
+"""The embedded scenes: what an index decides, masks against boxes against labels, and what cheap classifiers see."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+
+TEST = 2 ** 31
+both = pytest.mark.parametrize("fine", [False, True])
+
+
+@both
+def test_an_index_alone_decides(fine):
+    indices = [TEST + 5, 3, 70, 0, TEST, 9_999, 12, 3] + list(range(100, 140))
+    together = common.scenes(indices, 48, fine)
+    order = np.random.default_rng(0).permutation(len(indices)).tolist()
+    shuffled = common.scenes([indices[i] for i in order], 48, fine)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = [common.scenes([i], 48, fine) for i in indices]
+    torch.set_num_threads(threads)
+    for k, whole in enumerate(together):
+        assert torch.equal(whole[order].nan_to_num(-1), shuffled[k].nan_to_num(-1))
+        assert torch.equal(whole.nan_to_num(-1), torch.cat([one[k] for one in alone]).nan_to_num(-1))
+        assert torch.equal(whole[1].nan_to_num(-1), whole[7].nan_to_num(-1))
+
+
+@both
+def test_types_and_ranges(fine):
+    images, masks, labels, boxes = common.scenes(range(200), 64, fine)
+    assert images.shape == (200, 3, 64, 64) and images.dtype == torch.uint8
+    assert masks.shape == (200, 1, 64, 64) and masks.dtype == torch.uint8 and masks.max() <= common.SCENE_CLASSES
+    assert labels.shape == (200,) and labels.dtype == torch.int64 and labels.min() >= 0
+    assert boxes.dtype == torch.float32 and boxes.shape[::2] == (200, 4)
+    seen = boxes[~boxes.isnan().any(2)]
+    assert (seen >= 0).all() and (seen <= 1).all() and (seen[:, 2:] > seen[:, :2]).all()
+    assert boxes.isnan().any(2).equal(boxes.isnan().all(2)), "a row is a whole box or all NaN"
+    assert images.float().std((1, 2, 3)).min() > 10 and 80 < images.float().mean() < 180
+
+
+@both
+def test_the_same_scene_at_every_size(fine):
+    small, large = (common.scenes(range(40), size, fine) for size in (96, 192))
+    halved = F.avg_pool2d(large[0].float(), 2)
+    assert (halved - small[0]).abs().mean() < 3
+    assert (halved - small[0]).abs().mean((1, 2, 3)).max() < 6
+    assert (halved - small[0].roll(1, 0)).abs().mean() > 20, "another scene is far off"
+    assert torch.equal(small[2], large[2])
+    assert (large[1][:, :, ::2, ::2] == small[1]).float().mean() > 0.97
+    both_seen = ~(small[3] + large[3]).isnan()
+    assert both_seen.float().mean() > 0.5 * (~large[3].isnan()).float().mean()
+    assert ((small[3] - large[3])[both_seen].abs() < 3 / 96).float().mean() > 0.97
+
+
+@both
+def test_masks_boxes_and_labels_agree(fine):
+    size = 96
+    _images, masks, labels, boxes = common.scenes(range(TEST, TEST + 200), size, fine)
+    for mask, label, rows in zip(masks[:, 0], labels.tolist(), boxes):
+        rows = rows[~rows.isnan().any(1)]
+        # the union of the boxes is the tight box of all that is not background
+        y, x = mask.nonzero().unbind(1)
+        tight = torch.tensor([x.min(), y.min(), x.max() + 1, y.max() + 1]) / size
+        assert torch.allclose(torch.cat([rows[:, :2].amin(0), rows[:, 2:].amax(0)]), tight, atol=1e-6)
+        # row 0 is the labelled object: its box holds its class, and each side of the box touches some object
+        x0, y0, x1, y1 = (rows[0] * size).round().int().tolist()
+        inside = mask[y0:y1, x0:x1]
+        assert all((edge > 0).any() for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
+        own = (inside == label + 1).sum().item()
+        assert own > 0.035 * size ** 2, "most of the main object is visible"
+    if fine:
+        assert boxes.shape[1] == 1 and not boxes.isnan().any()
+        assert torch.equal(masks.flatten(1).amax(1).long(), labels + 1)
+        kinds = [set(mask.unique().tolist()) for mask in masks]
+        assert all(len(kind) == 2 for kind in kinds), "one object, and some background"
+    else:
+        objects = (~boxes.isnan().any(2)).sum(1)
+        assert objects.min() >= 1 and objects.max() == 5 and 3 < objects.float().mean() < 4.2
+
+
+def test_the_label_is_the_class_of_the_largest_connected_region():
+    n, size = 100, 48
+    _, masks, labels, _ = common.scenes(range(TEST, TEST + n), size)
+    region = torch.arange(1.0, n * size * size + 1).view(n, 1, size, size)
+    apart = [masks == c for c in range(1, common.SCENE_CLASSES + 1)]
+    while True:                             # the largest number spreads over each region of one class
+        spread = sum(F.max_pool2d(region * own, 3, 1, 1) * own for own in apart)
+        if torch.equal(spread, region * (masks > 0)):
+            break
+        region = spread
+    largest = torch.stack([kind[row == row[row > 0].mode().values][0]
+                           for row, kind in zip(spread.flatten(1), masks.flatten(1))])
+    # a small object across the middle may cut the main one in two, or two small ones of a class may touch
+    assert (largest.long() == labels + 1).float().mean() > 0.96
+
+
+def test_the_mask_is_where_the_objects_are():
+    # Along the outline the picture changes more than elsewhere: an outline moved away by eight pixels shows it.
+    images, masks = common.scenes(range(100), 96)[:2]
+    step = images.float().diff(dim=3).abs().mean(1)
+    edge = masks[:, 0].diff(dim=2) != 0
+    assert step[edge].mean() > 1.5 * step[edge.roll(8, 1) & ~edge].mean()
+
+
+@both
+def test_classes_are_balanced_and_test_scenes_are_others(fine):
+    labels, held_out = (common.scenes(range(start, start + 1200), 16, fine)[2] for start in (0, TEST))
+    for some in (labels, held_out):         # 100 expected, standard deviation 9.6
+        counts = some.bincount(minlength=common.SCENE_CLASSES)
+        assert len(counts) == 12 and counts.min() > 62 and counts.max() < 140
+    assert (labels == held_out).float().mean() < 0.15
+    train, test, fine_or_not = (common.scenes(range(start, start + 64), 32, kind)[0].flatten(1).float()
+                                for start, kind in ((0, fine), (TEST, fine), (0, not fine)))
+    assert torch.cdist(train, test).min() > 300 and torch.cdist(train, fine_or_not).min() > 300
+    own = torch.cdist(train, train) + 1e9 * torch.eye(64)
+    assert own.min() > 300, "no scene twice"
+
+
+def nearest_neighbours(bank, labels, queries, k=20):
+    votes = F.one_hot(labels[torch.cdist(queries, bank).topk(k, largest=False).indices], common.SCENE_CLASSES)
+    return votes.sum(1).argmax(1)
+
+
+@both
+def test_colours_and_pixels_say_little(fine):
+    (bank, _, labels, _), (queries, _, truth, _) = (common.scenes(range(start, start + n), 64, fine)
+                                                    for start, n in ((0, 2000), (TEST, 400)))
+
+    def histogram(images):                  # 4 x 4 x 4 colours, square roots (Hellinger distance)
+        cell = (images // 64).long()
+        cell = (cell[:, 0] * 16 + cell[:, 1] * 4 + cell[:, 2]).flatten(1)
+        return torch.zeros(len(cell), 64).scatter_add_(1, cell, torch.ones(cell.shape)).sqrt()
+
+    def pixels(images):
+        return F.avg_pool2d(images.float(), 4).flatten(1)
+
+    for name, view in (("histogram", histogram), ("pixels", pixels)):
+        accuracy = (nearest_neighbours(view(bank), labels, view(queries)) == truth).float().mean()
+        assert accuracy < 0.4, f"{name}: {accuracy:.1%}"
