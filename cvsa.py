@@ -520,7 +520,7 @@ def train(args):
     run = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
     # folder, log, signals
-    if rank == 0:
+    if rank == 0 and step < total:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
     log, signals = Log(out, step, total), heed_signals()

@@ -269,6 +269,7 @@ def test_other_checkpoints(script, out):
         assert "no checkpoint of" in last and "--fresh" in last
     finished = Run(script, flags(script, reference(script), "--workers", 3, "--log-every", 7, "--device", "cpu"))
     assert "finished" in finished.wait()  # of these settings no number depends
+    assert json.loads((reference(script) / "args.json").read_text())["log_every"] != 7  # what made the run stands
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
