@@ -37,12 +37,13 @@ from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
 SCENE_CLASSES = 12
-# A material fixes texture and hue (dark end, light end): a background says little about which image it is part of.
-MATERIALS = np.array([[74, 112, 62, 156, 184, 104], [190, 158, 112, 236, 216, 172], [62, 116, 146, 146, 192, 206],
-                      [92, 96, 104, 182, 182, 180], [206, 190, 174, 164, 92, 76]]).reshape(5, 2, 3, 1, 1) / 255
-# Base and light end. In `scenes`, class c has hue c % 3: colour tells groups of classes apart, never a class.
+# What tells images apart more easily than their objects do is all that a network without labels would learn. So the
+# backgrounds are five pale materials, each of one texture and hue (dark end, light end), the same in many images.
+MATERIALS = np.array([[106, 121, 101, 139, 150, 118], [152, 140, 121, 171, 163, 145], [101, 123, 135, 135, 153, 159],
+                      [113, 115, 118, 149, 149, 149], [159, 152, 146, 142, 113, 107]]).reshape(5, 2, 3, 1, 1) / 255
+# Base and light end. In `scenes` the first six classes have one hue, the others another; the fish have the third.
 HUES = torch.tensor([[204, 66, 58, 250, 200, 176], [22, 112, 122, 156, 220, 204],
-                     [104, 68, 150, 214, 188, 234], [214, 104, 48, 252, 216, 160]]).view(4, 2, 3, 1, 1) / 255
+                     [214, 104, 48, 252, 216, 160]]).view(3, 2, 3, 1, 1) / 255
 REACH = 1.7                                 # the bank of objects spans [-REACH, REACH] object radii
 
 def hash_uniforms(indices, columns, stream):
@@ -150,7 +151,7 @@ def scenes(indices, size, fine=False):
 
     material, label = (u[0] * len(MATERIALS)).astype(np.int64), (u[1] * SCENE_CLASSES).astype(np.int64)
     image = sample(material_bank(fine)[material], u[2], u[3], 0.8 + 0.4 * u[4], (u[5] - 0.5) * 1.2, 1, "reflection")
-    main_radius = 0.32 + 0.08 * u[6] if fine else 0.26 + 0.13 * u[6]
+    main_radius = 0.32 + 0.08 * u[6] if fine else 0.26 + 0.16 * u[6]
     margin = main_radius * (1.05 if fine else 0.6)          # the border may cut an object, the fish hardly
     main_x, main_y = margin + (1 - 2 * margin) * u[7:9]
     order = (0,) if fine else (1, 2, 3, 0, 4)               # slot 0 is the main object, 1 to 3 lie behind it
@@ -164,22 +165,19 @@ def scenes(indices, size, fine=False):
             x, y = v[4] - main_x, v[5] - main_y             # pushed outwards: objects overlap but seldom hide
             push = np.maximum(1, (main_radius + 0.4 * radius) / np.maximum(np.hypot(x, y), 1e-3))
             x, y = np.clip(main_x + push * x, 0.07, 0.93), np.clip(main_y + push * y, 0.07, 0.93)
-        mirror, swap = (1 - 2 * (v[8] < 0.5), 0) if fine else (1, v[8] < 0.5)
-        field = sample(object_bank(fine)[kind], x, y, radius * REACH, (v[6] - 0.5) * 1.2, mirror, "border")
+        mirror = 1 - 2 * (v[8] < 0.5) if fine else 1
+        angle = (v[6] - 0.5) * (1.2 if fine else 3.1)
+        field = sample(object_bank(fine)[kind], x, y, radius * REACH, angle, mirror, "border")
         distance, tone = field.split(1, 1)
-        # Either end of the hue may be the ground of the texture, at a contrast of 0.55 to 1.
-        base, tip = HUES[np.full(n, 3) if fine else kind % 3].unbind(1)
-        swap, contrast = per_image(swap + np.zeros(n)), per_image(1 - (not fine) * 0.45 * v[9])
-        tint = per_image((0.12 if fine else 0.34) * (np.stack([v[7], u[9], u[10]], 1) - 0.5))
-        colour = tone * ((tip - base) * contrast * (1 - 2 * swap)) + (base + swap * (tip - base) + tint)
+        base, tip = HUES[np.full(n, 2) if fine else kind // 6].unbind(1)
+        colour = tone * (tip - base) * per_image(1 - 0.2 * v[9]) + (base + per_image(0.1 * v[7] - 0.05))
         shadow, rim = (1 - distance * 4).clamp_(0, 1), (distance * -7).clamp_(0, 1) * 0.25 + 0.75
         cover = (0.5 - distance * per_image(radius * size)).clamp_(0, 1) * per_image(present)
         image *= 1 - shadow * shadow * per_image(0.3 * present)
         image += colour.mul_(rim).sub_(image).mul_(cover)
         top.masked_fill_(cover > 0.5, slot + 1)
         kinds[:, slot + 1] = kind + 1
-    slopes = per_image(0.3 * u[12] - 0.15) * (gx - 0.5) + per_image(0.3 * u[13] - 0.15) * (gy - 0.5)
-    image *= per_image(0.76 + 0.38 * u[11]) + slopes
+    image *= per_image(0.88 + 0.24 * u[9])
     masks = torch.from_numpy(kinds).gather(1, top.view(n, -1).long()).view_as(top).to(torch.uint8)
     seen = (top == torch.arange(1, len(order) + 1).view(-1, 1, 1)).to(torch.uint8)         # n M size size
     ends = [end for line in (seen.amax(2), seen.amax(3)) for end in (line.argmax(2), size - line.flip(2).argmax(2))]

@@ -24,7 +24,8 @@ object is all that they share. (b) A loss by which the network finds, in one vie
 Choices. Detector: 64 x 64 pixels, ridge, Otsu; under 1 % or over 90 % is no mask: such an image is a plain sample
 and a host. Box: percentiles, padded. Paste: hard edges, the object's aspect in original pixels, covers the host's box,
 skipped if enlarged over 3 times or outside 8-85 % of the host; p is 0.5, lest the edges become a shortcut. Crops: the
-first of ten with 20 % of the object. Masks at the cells are soft. Heads, tau, lambda: as the arguments say.
+first of ten with 20 % of the object. Masks at the cells are soft, as their borders cut cells. Heads d and p: BYOL's
+two layers, cell by cell. tau 0.1: a few cells may win, not one. lambda 1: its gradient starts at 0.2-0.5 of BYOL's.
 Deviations: crops come from a canvas (the whole image resized once to S x S), not the file; blur is a true Gaussian.
 
   python cvsa.py                                                  no data: embedded scenes-fine, minutes; see runs/

@@ -2,12 +2,19 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    if config.option.numprocesses is None and not config.option.usepdb:  # most tests use one thread; -n 0: in this process
+        config.option.numprocesses = min(4, len(os.sched_getaffinity(0)))
 
 
 def pytest_configure(config):
