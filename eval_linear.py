@@ -28,7 +28,8 @@ epochs; `segment` scores the central crop (PiCIE, arXiv 2103.17070), `localize` 
   python eval_linear.py --weights backbone.pth --data /data/imagenet --protocol finetune --label-fraction 0.01
   python eval_linear.py --weights backbone.pth --data /data/CUB_200_2011 --protocol finetune --preset fine-grained
   python eval_linear.py --weights backbone.pth --data VOCSegmentation:/data/voc --protocol segment
-A run prints a table and adds a line of JSON to OUT/results.jsonl; the same command goes on with interrupted training.
+A run prints a table and adds a line of JSON to OUT/results.jsonl, finetune leaves OUT/finetune-*-backbone.pth too; the
+same command goes on with interrupted training.
 """
 import argparse
 import contextlib
@@ -57,7 +58,7 @@ from tqdm import tqdm
 from common import (  # isort: skip
     ARCHS, PRECISIONS, RRC_COLUMNS, SCENE_CLASSES, agree, arch_of, backbone, batches, center_boxes, crop, features,
     full, heed_signals, knn, knn_split, load_backbone, normalize, numerics, open_images, parse_preset, random_boxes,
-    refuse, run_length, run_script, seeded, sequential, sync_batchnorm, uniforms, upload)
+    refuse, run_length, run_script, save_backbone, seeded, sequential, sync_batchnorm, uniforms, upload)
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
@@ -667,7 +668,9 @@ def main(args):
             _, view, mask, x = next(last_maps(run, net, data[2], data[3][:8], "picture", pick=pick))
             draw_segments(view, mask, segment(x), picture)
     elif args.protocol in ("linear", "finetune"):
-        found = train_heads(run, net, data, len(data[0].classes), checkpoint)[0]
+        found, model, _ = train_heads(run, net, data, len(data[0].classes), checkpoint)
+        if args.protocol == "finetune" and run.rank == 0:
+            save_backbone(out / f"{name}-backbone.pth", model.encoder)
     elif args.protocol == "localize":
         found = localize(run, net, *data[2:], picture)
     else:

@@ -236,6 +236,8 @@ def test_frozen_means_frozen_and_finetune_trains_all(folder, tmp_path):
     after = find_backbone(checkpoint(tmp_path), "checkpoint")
     changed = [k for k, v in after.items() if not torch.allclose(v.double(), state[k].double(), atol=1e-9)]
     assert len(changed) == len(after)
+    exported = load_backbone(next(tmp_path.glob("**/finetune-*-backbone.pth")))
+    assert exported.keys() == after.keys() and all(torch.equal(v, after[k].to(v.dtype)) for k, v in exported.items())
 
 
 @pytest.mark.parametrize("protocol", [PROTOCOLS[1], ["finetune", "--median", "3"], PROTOCOLS[5]], ids=lambda p: p[0])
