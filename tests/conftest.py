@@ -13,7 +13,9 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    if config.option.numprocesses is None and not config.option.usepdb:  # most tests use one thread; -n 0: in this process
+    """Two to four tests at a time, as most use one thread; -n 0: one at a time, in this process. Never in a worker."""
+    worker = hasattr(config, "workerinput") or "PYTEST_XDIST_WORKER" in os.environ
+    if not worker and config.option.numprocesses is None and not config.option.usepdb:
         config.option.numprocesses = min(4, len(os.sched_getaffinity(0)))
 
 
