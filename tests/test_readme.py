@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +94,22 @@ def test_commands_of_one_process_run(command, tmp_path):
     Run(program[:-3], [*tiny, *argv], command=True).wait()  # of a flag given twice the last counts: the README's
     out = argv[argv.index("--out") + 1] if "--out" in argv else tmp_path / "run"
     assert os.path.exists(os.path.join(out, "backbone.pth"))
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python eval_linear.py")])
+def test_evaluations_of_one_process_run(command, tmp_path):
+    """With few steps on a few scenes, which have labels, masks and boxes, for data that is not on this machine."""
+    _, program, argv = split(command)
+    run = reference("slotcon")
+    for choice in next((word for word in argv if "|" in word), "").split("|"):
+        words = [choice if "|" in word else word for word in argv]
+        if words[words.index("--weights") + 1] != "random":
+            words[words.index("--weights") + 1] = str(run / Path(words[words.index("--weights") + 1]).name)
+        tiny = ["--data", "scenes:64", "--preset", "demo", "--steps", "2", "--image-size", "32", "--canvas", "32",
+                "--batch-size", "16", "--workers", "0", "--median", "1", "--out", str(tmp_path), "--arch", "small"]
+        done = subprocess.run([sys.executable, ROOT / program, *words, *tiny], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "results.jsonl").stat().st_size > 100
 
 
 @pytest.fixture(scope="module")
