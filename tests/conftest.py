@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 def pytest_cmdline_main(config):
     """Two to four tests at a time, as most use one thread; -n 0: one at a time, in this process. Never in a worker."""
     worker = hasattr(config, "workerinput") or "PYTEST_XDIST_WORKER" in os.environ
-    if not worker and config.option.numprocesses is None and not config.option.usepdb:
+    if not worker and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses = min(4, len(os.sched_getaffinity(0)))
 
 
