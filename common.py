@@ -20,8 +20,10 @@ import pathlib
 import re
 import signal
 import sys
+import time
 import types
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1176,6 +1178,29 @@ def parse_preset(parser, argv, presets, default, method):
     args.out = args.out or f"runs/{method}-{args.preset}"
     check_args(args)
     return args
+
+def rendezvous(minutes):
+    """Where the processes of a torchrun job find each other, as arguments of `init_process_group`. torchrun keeps one
+    store over its --max-restarts, and who reads in it the address of a process that died connects to nobody (pytorch's
+    issues 135712 and 167288). So each process leaves a token made afresh there, rank 0 answers each token with the name
+    of this attempt, and the group's keys begin with that. Raises TimeoutError."""
+    limit, rank, world = timedelta(minutes=minutes), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {"timeout": limit}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
+    name, end = os.urandom(8).hex(), time.monotonic() + 60 * minutes
+    store.set(f"token of rank {rank}", name)
+    if rank:
+        name = store.get(f"answer to {name}").decode()       # waits until it is there
+        store.add(f"ranks in {name}", 1)
+    while rank == 0 and store.add(f"ranks in {name}", 0) < world - 1:
+        if time.monotonic() > end:
+            raise TimeoutError(f"not all {world} processes came together in --timeout-minutes {minutes}")
+        for token in (f"token of rank {r}" for r in range(1, world)):
+            if store.check([token]):                        # of an earlier attempt as well: nobody waits for its answer
+                store.set(f"answer to {store.get(token).decode()}", name)
+        time.sleep(0.02)
+    return {"timeout": limit, "store": dist.PrefixStore(name, store), "rank": rank, "world_size": world}
 
 def run_script(train, parse_args):
     """train(parse_args()); a user's mistake becomes one line on stderr, by rank 0 alone, and exit status 2."""

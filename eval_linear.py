@@ -40,7 +40,6 @@ import math
 import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +57,7 @@ from tqdm import tqdm
 from common import (  # isort: skip
     ARCHS, PRECISIONS, RRC_COLUMNS, SCENE_CLASSES, agree, arch_of, backbone, batches, center_boxes, crop, features,
     full, heed_signals, knn, knn_split, load_backbone, normalize, numerics, open_images, parse_preset, random_boxes,
-    refuse, run_length, run_script, save_backbone, seeded, sequential, sync_batchnorm, uniforms, upload)
+    refuse, rendezvous, run_length, run_script, save_backbone, seeded, sequential, sync_batchnorm, uniforms, upload)
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
@@ -278,7 +277,7 @@ def setup_processes(device, minutes):
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else None)
     torch.cuda.set_device(device) if kind == "cuda" else None
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", **rendezvous(minutes))
     return device
 
 @torch.no_grad()

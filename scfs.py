@@ -42,7 +42,6 @@ import signal
 import sys
 import time
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -54,9 +53,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    ARCHS, PHOTO_COLUMNS, RRC_COLUMNS, agree, backbone, batches, center_views, crop, full, heed_signals,
-    jitter_order, knn_probe, knn_split, load_backbone, normalize, numerics, open_images, parse_preset, photometry,
-    random_boxes, refuse, run_length, run_script, save_backbone, settings_of, sync_batchnorm, training_arguments,
+    ARCHS, PHOTO_COLUMNS, RRC_COLUMNS, agree, backbone, batches, center_views, crop, full, heed_signals, jitter_order,
+    knn_probe, knn_split, load_backbone, normalize, numerics, open_images, parse_preset, photometry, random_boxes,
+    refuse, rendezvous, run_length, run_script, save_backbone, settings_of, sync_batchnorm, training_arguments,
     uniforms)
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -307,7 +306,7 @@ def setup_processes(device, minutes):
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else None)
     torch.cuda.set_device(device) if kind == "cuda" else None
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", **rendezvous(minutes))
     return device
 
 @torch.no_grad()

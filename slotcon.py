@@ -45,7 +45,6 @@ import signal
 import sys
 import time
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -57,9 +56,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import (  # isort: skip
-    ARCHS, PHOTO_COLUMNS, RRC_COLUMNS, agree, backbone, batches, center_views, crop, full, heed_signals,
-    jitter_order, knn_probe, knn_split, load_backbone, majority_miou, numerics, open_images, overlap_rectangles,
-    parse_preset, photometry, point_matrix, random_boxes, random_boxes_overlapping, refuse, resample, run_length,
+    ARCHS, PHOTO_COLUMNS, RRC_COLUMNS, agree, backbone, batches, center_views, crop, full, heed_signals, jitter_order,
+    knn_probe, knn_split, load_backbone, majority_miou, numerics, open_images, overlap_rectangles, parse_preset,
+    photometry, point_matrix, random_boxes, random_boxes_overlapping, refuse, rendezvous, resample, run_length,
     run_script, save_backbone, settings_of, sync_batchnorm, training_arguments, uniforms, upload)
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -285,7 +284,7 @@ def setup_processes(device, minutes):
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else None)
     torch.cuda.set_device(device) if kind == "cuda" else None
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", **rendezvous(minutes))
     return device
 
 @torch.no_grad()

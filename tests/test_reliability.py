@@ -29,6 +29,7 @@ from runs import (
     read_log,
     reference,
     reference_of_two,
+    server,
     steps_of,
 )
 
@@ -158,6 +159,33 @@ def test_a_rank_killed_under_torchrun(script, out):
     assert "goes on from step" in run.wait()
     assert steps_of(out) == list(range(1, 11))
     assert_same_tensors(out, reference_of_two(script))
+
+
+def join(script, environment, delay, out):
+    os.environ.update(environment)
+    method = importlib.import_module(script)
+    time.sleep(delay)
+    method.setup_processes("cpu", 1)
+    Path(out).write_text(str(method.gather(torch.tensor(int(os.environ["RANK"]) + 1)).tolist()))
+    os._exit(9)  # as a process that is killed: nothing is said to the others
+
+
+@row("one of two ranks killed under torchrun --max-restarts: the addresses of the dead, still in torchrun's store, mislead nobody")
+def test_the_dead_mislead_nobody(script, tmp_path):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's agent has it
+    for attempt, late in enumerate((0, 1, 0)):
+        ranks = []
+        for rank in range(3):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+            ranks.append(server().Process(target=join, args=(script, {k: str(v) for k, v in environment.items()},
+                                                             2 * (rank == late), tmp_path / f"{attempt} {rank}")))
+            ranks[-1].start()
+        for process in ranks:
+            process.join(PATIENCE)
+            process.kill()
+        assert [process.exitcode for process in ranks] == [9, 9, 9]
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"[1, 2, 3]"} and len(list(tmp_path.iterdir())) == 9
 
 
 # ---- disk ------------------------------------------------------------------------------------------------------------
