@@ -70,7 +70,7 @@ LARGE = {"canvas": 384, "batch_size": 4096, "epochs": 200.0, "weight_decay": 1e-
 PRESETS = {
     "demo": {"arch": "small", "image_size": 64, "canvas": 96, "batch_size": 64, "epochs": 4.0, "optimizer": "adamw",
              "lr": 8e-3, "weight_decay": 0.01, "warmup_epochs": 0.4, "hidden": 512, "dim": 128, "dense_hidden": 256,
-             "momentum": 0.97, "save_every": 200, "log_every": 25, "knn_every": 1.0},
+             "momentum": 0.97, "blur": 0.6, "save_every": 200, "log_every": 25, "knn_every": 1.0},
     "finegrained": RECIPE, "imagenet": RECIPE | LARGE, "inat": RECIPE | LARGE,
 }
 
@@ -83,6 +83,7 @@ def parse_args(argv=None):
     g.add_argument("--image-size", type=int, help="side of a view in pixels")
     g.add_argument("--canvas", type=int, help="side S of the square each image is resized to; larger: sharper crops")
     g.add_argument("--crop-area", type=float, nargs=2, default=[0.2, 1.0], metavar=("MIN", "MAX"), help="of a view")
+    g.add_argument("--blur", type=float, default=2.0, help="largest sigma in pixels; 2 is meant for 224-pixel views")
     g.add_argument("--workers", type=int, help="decoding processes beside each process; default its share of the cores")
     g = p.add_argument_group("method")
     g.add_argument("--preset", choices=PRESETS, help="a recipe: demo without data, finegrained with; any flag beats it")
@@ -251,7 +252,7 @@ def aware_box(tries, mask, source, target, dtype):
     found = tries.gather(1, good.int().argmax(1)[:, None, None, None].expand(-1, 1, 2, 2))[:, 0]
     return torch.where(good.any(1)[:, None, None], found, torch.arange(2, device=mask.device)[:, None])
 
-def make_views(batch, found, u, orders, crop_area, image_size, swap_prob, aware, dtype):
+def make_views(batch, found, u, orders, crop_area, image_size, blur, swap_prob, aware, dtype):
     """(1): two views of each image and its object in them. batch: common.Batch; found: of `find_masks`; u: this rank's
     uniforms; orders: of the colour operations, one a view; aware: crops heed masks. No pasted canvas is ever
     formed: host and object go straight into the view, the mask as a fourth channel through the same products.
@@ -282,7 +283,7 @@ def make_views(batch, found, u, orders, crop_area, image_size, swap_prob, aware,
                                       for a, f in enumerate((mirrored, frame[:, :, 1])))
             pasted = swapped[r, None, None, None] & at_y[:, None, :, None] & at_x[:, None, None]
             view[r] = torch.where(pasted, resample(x[r].to(dtype), wy, wx / 255).clamp(0, 1), view[r])
-        seen = photometry(view[:, :3], photo, order, **recipe)  # of the image alone
+        seen = photometry(view[:, :3], photo, order, sigma=(0.1, blur), **recipe)  # of the image alone
         made.append((seen.contiguous(memory_format=torch.channels_last), view[:, 3:], swapped))
     return [list(part) for part in zip(*made)]
 
@@ -454,7 +455,7 @@ def draw(model, teacher, images, indices, path, size, masks="boundary", show=8):
     batch = next(sequential(images, indices, batch_size=show, workers=0, device=weight.device))
     found, u = find_masks(batch, masks, weight.dtype), uniforms(0, 0, len(indices), sum(COLUMNS))
     u[:, -2 * PHOTO_COLUMNS:] = 1  # no photometry
-    views, masks, _ = make_views(batch, found, u, [range(4)] * 2, (0.2, 1.0), size, 1.0, True, weight.dtype)
+    views, masks, _ = make_views(batch, found, u, [range(4)] * 2, (0.2, 1.0), size, 2.0, 1.0, True, weight.dtype)
     model.eval(), teacher.eval()
     seen = [(model.student(view), teacher(view)) for view in views]
     canvas = F.interpolate(batch.canvas / 255, size=size, mode="bilinear").mul(255).byte().cpu()
@@ -553,8 +554,8 @@ def train(args):
         u = uniforms(args.seed, step, args.batch_size, sum(COLUMNS))[mine]
         orders = [jitter_order(args.seed, step, view) for view in (0, 1)]
         found = find_masks(batch, args.masks, dtype)
-        views, masks, swapped = make_views(batch, found, u, orders, args.crop_area, args.image_size, args.swap_prob,
-                                           args.mask_crop == "on", dtype)
+        views, masks, swapped = make_views(batch, found, u, orders, args.crop_area, args.image_size, args.blur,
+                                           args.swap_prob, args.mask_crop == "on", dtype)
         measure = step + 1 in (1, total) or (step + 1) % args.log_every == 0
         ema_update(teacher, model.student, momentum)
         with torch.autocast(device.type, half, enabled=half is not None):
