@@ -215,12 +215,22 @@ def squeeze(image, side):
     """Opened Pillow image of any mode -> canvas uint8 3 side side, (height, width) of the original, as EXIF turns it.
     What is transparent becomes white, the page that cut-outs are drawn for. 16-bit grey is divided by 256 (Pillow would
     clip it); float grey is 0..1, 0..255 or 0..65535, whichever holds its maximum. A JPEG is decoded at 1/2, 1/4 or 1/8
-    (libjpeg's scaled DCT) where that is no smaller than the canvas."""
-    size, turn = (image.height, image.width), None
+    (libjpeg's scaled DCT) where that is no smaller than the canvas, else, in RGB, by torchvision: the same libjpeg and
+    bits, two copies less."""
+    size, turn, pixels = (image.height, image.width), None, None
     scaled = image.draft(None, (side, side))     # None unless JPEG; its box is the part of the last pixels that counts
-    image.load()
+    plain = image.format == "JPEG" and image.fp and image.mode == "RGB" and image.size[::-1] == size
+    None if plain else image.load()
     with contextlib.suppress(Exception):         # damaged metadata does not make the pixels unreadable
         turn = image.getexif().get(0x0112)
+    if plain and turn not in TURNS:
+        image.fp.seek(0)
+        with contextlib.suppress(RuntimeError, AttributeError):      # unreadable, or a torchvision without it: Pillow's
+            pixels = torchvision.io.decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8))
+        image.fp.seek(0)
+    if pixels is not None and pixels.shape == (3, *size):
+        return tvf.resize(pixels, [side, side], tvf.InterpolationMode.BICUBIC, antialias=True), size
+    image.load()
     if scaled and image.size[::-1] != size:
         image = image.resize((side, side), Image.Resampling.BICUBIC, scaled[1])
     if turn in TURNS:

@@ -169,6 +169,40 @@ def test_scaled_decoding_keeps_the_picture_and_the_odd_size(tmp_path):
     assert (canvas.float() - whole.float()).abs().mean() < 1
 
 
+@pytest.mark.parametrize("how", [{}, {"quality": 30}, {"quality": 100, "subsampling": 0}, {"subsampling": 1},
+                                 {"progressive": True}, {"optimize": True}, {"keep_rgb": True, "subsampling": 0}], ids=str)
+def test_jpegs_by_torchvision_have_pillows_bits(tmp_path, monkeypatch, how):
+    """And whatever is cut off or damaged, one refuses what the other refuses."""
+    save(photo(213, 335), tmp_path / "a.jpg", **how)
+    whole, used = (tmp_path / "a.jpg").read_bytes(), []
+    decode = torchvision.io.decode_jpeg
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda x: used.append(decode(x)) or used[-1])
+
+    def of(data):
+        (tmp_path / "a.jpg").write_bytes(data)
+        try:
+            return common.squeeze(Image.open(tmp_path / "a.jpg"), 192)
+        except OSError as error:
+            return str(error)
+    broken = np.random.default_rng(0)
+    cases = [whole] + [whole[:int(len(whole) * share)] for share in (0.3, 0.6, 0.9, 0.99)] + [whole[:-2], whole + b"more"]
+    for _ in range(20):
+        noisy = np.frombuffer(whole, np.uint8).copy()
+        noisy[broken.integers(len(noisy) // 2, len(noisy) - 2, 3)] = broken.integers(0, 256, 3)
+        cases.append(noisy.tobytes())
+    ours = [of(data) for data in cases]
+    assert len(used) > 15
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda x: (_ for _ in ()).throw(RuntimeError("built without it")))
+    for mine, data in zip(ours, cases):
+        theirs = of(data)
+        assert (mine[1] == theirs[1] and torch.equal(mine[0], theirs[0])) if isinstance(mine, tuple) else mine == theirs
+    (tmp_path / "a.jpg").write_bytes(whole)
+    held = Image.open(tmp_path / "a.jpg")
+    held.load()  # a data set's that has it open already
+    assert torch.equal(common.squeeze(held, 192)[0], ours[0][0])
+    assert isinstance(ours[0], tuple) and sum(isinstance(x, str) for x in ours) >= 3
+
+
 def test_damaged_metadata_is_no_damaged_image(tmp_path):
     save(blocks(), tmp_path / "a.jpg", exif=b"Exif\0\0no TIFF header here at all")
     canvas, size = read(tmp_path)
