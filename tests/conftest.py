@@ -1,4 +1,7 @@
+import datetime
 import os
+import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -28,3 +31,30 @@ def pytest_collection_modifyitems(config, items):
         keep = [i for i in items if "slow" not in i.keywords]
         config.hook.pytest_deselected(items=[i for i in items if "slow" in i.keywords])
         items[:] = keep
+
+
+def pytest_addoption(parser):
+    parser.addoption("--report", help="write test_reliability.py's table of faults, with counts, to this file")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.option.report:
+        return
+    rows = {}  # of the table: one a test function
+    for outcome, reports in terminalreporter.stats.items():
+        for report in reports if outcome in ("passed", "failed", "error", "skipped") else ():
+            if "test_reliability.py::" in report.nodeid and "[" in report.nodeid:
+                name, case = report.nodeid.split("::")[1].rstrip("]").split("[", 1)
+                rows.setdefault(name, []).append((*case.split(": ", 1), outcome, report.duration))
+    how = (f"`python -m pytest {shlex.join(config.invocation_params.args)}`: {platform.machine()}, {os.cpu_count()} cores, "
+           f"Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}.")
+    lines = [how, "", "| fault | scripts | cases | passed | failed | skipped | seconds, all cases |", "|" + "---|" * 7]
+    for name, cases in sorted(rows.items()):
+        title = os.path.commonprefix([case[1] for case in cases]).rstrip("-")
+        count = [sum(case[2] in kind for case in cases) for kind in (("passed",), ("failed", "error"), ("skipped",))]
+        lines.append(f"| {title} (`{name}`) | {len({case[0] for case in cases})} | {len(cases)} | "
+                     f"{' | '.join(map(str, count))} | {sum(case[3] for case in cases):.0f} |")
+    total = [sum(case[2] in kind for cases in rows.values() for case in cases)
+             for kind in (("passed",), ("failed", "error"), ("skipped",))]
+    lines.append(f"| **all** | | {sum(total)} | {' | '.join(map(str, total))} | |")
+    Path(config.option.report).write_text("\n".join(lines) + "\n")

@@ -1,0 +1,188 @@
+"""The four methods beside their controls: a command a row, the same network, data, images seen and evaluation.
+
+  python tests/evidence.py                                  trains and evaluates what is missing, then writes the results
+  python tests/evidence.py --seeds 0 --rows SlotCon random  a part of it first; what is done is kept
+  python tests/evidence.py --jobs 0                         the table and the figure of what there is, nothing trained
+
+Runs go to runs/evidence (--out), results to tests/results/evidence.jsonl, .md and .png. Every row keeps its method's demo
+recipe and changes its own flags alone; no row was tuned. The random network is each seed's; the supervised one is trained
+on all labels for as many images as the others see.
+"""
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torchvision
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tests" / "results"
+ROWS = {  # data, script, its flags; in the order of the table
+    "random": ("scenes", None, ""),
+    "supervised": ("scenes", "eval_linear.py", ""),
+    "SlotCon": ("scenes", "slotcon.py", ""),
+    "SlotCon, grouping only": ("scenes", "slotcon.py", "--group-weight 1"),
+    "SlotCon, slots only": ("scenes", "slotcon.py", "--group-weight 0"),
+    "SCFS": ("scenes", "scfs.py", ""),
+    "SCFS, uniform gate": ("scenes", "scfs.py", "--search uniform"),
+    "SCFS, stage-global terms only": ("scenes", "scfs.py", "--search off"),
+    "DINO": ("scenes", "scfs.py", "--stages ''"),
+    "saliency (A3)": ("scenes", "saliency_cl.py", ""),
+    "saliency, B1: random crops, no weights": ("scenes", "saliency_cl.py", "--saliency none"),
+    "saliency, A1: salient crops, no weights": ("scenes", "saliency_cl.py", "--no-weight-saliency"),
+    "saliency, A2: random crops, weights": ("scenes", "saliency_cl.py", "--no-crop-saliency"),
+    "saliency, C1: another image's map": ("scenes", "saliency_cl.py", "--saliency shuffled"),
+    "saliency, C2: inverted": ("scenes", "saliency_cl.py", "--saliency inverted"),
+    "saliency, C3: true masks": ("scenes", "saliency_cl.py", "--saliency truth"),
+    "random, fine": ("scenes-fine", None, ""),
+    "supervised, fine": ("scenes-fine", "eval_linear.py", ""),
+    "CVSA": ("scenes-fine", "cvsa.py", ""),
+    "BYOL": ("scenes-fine", "cvsa.py", "--swap-prob 0 --align-weight 0"),
+    "BYOL + mask-aware crops": ("scenes-fine", "cvsa.py", "--swap-prob 0 --align-weight 0 --mask-crop on"),
+    "BYOL + swap": ("scenes-fine", "cvsa.py", "--align-weight 0"),
+    "BYOL + alignment": ("scenes-fine", "cvsa.py", "--swap-prob 0"),
+    "CVSA, true masks": ("scenes-fine", "cvsa.py", "--masks truth"),
+}
+PROTOCOLS = {  # the column: flags, the measure, the data it is for
+    "kNN": ("--protocol knn", "top1_k20", ""),
+    "linear": ("--protocol linear", "top1", ""),
+    "1 % labels": ("--protocol finetune --label-fraction 0.01", "top1", ""),
+    "10 % labels": ("--protocol finetune --label-fraction 0.1", "top1", ""),
+    "segment": ("--protocol segment", "miou", ""),
+    "clusters": ("--protocol segment --unsupervised", "miou", ""),
+    "CorLoc": ("--protocol localize", "corloc", ""),
+    "mAP": ("--protocol retrieval", "map", "scenes-fine"),
+}
+
+
+def commands(row, seed, out, epochs, protocols):
+    """-> the row's training command (None: there is none), and a function from there to its evaluations' commands."""
+    data, script, flags = ROWS[row]
+    own = out / f"{row.replace(' ', '-').replace(',', '').replace(':', '')}-{seed}"
+    train = script and ["python", script, "--data", data, *shlex.split(flags), "--epochs", str(epochs), "--seed", str(seed),
+                        "--out", str(own)]
+    if script == "eval_linear.py":
+        train += ["--protocol", "finetune", "--weights", "random", "--preset", "demo"]
+    elif script:
+        train += ["--preset", "demo", "--knn-every", "0.5"]
+
+    def evaluations():
+        weights = "random" if not script else str(next(iter(own.glob("finetune-*-backbone.pth")), own / "backbone.pth"))
+        return {name: ["python", "eval_linear.py", *shlex.split(flags), "--weights", weights, "--data", data, "--preset",
+                       "demo", "--seed", str(seed), "--out", str(own / "eval")]
+                for name, (flags, _, only) in PROTOCOLS.items() if name in protocols and only in ("", data)}
+    return own, train, evaluations
+
+
+def call(command, threads):
+    """Runs a command of a row. -> its last line"""
+    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                          capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
+    return done.stdout.splitlines()[-1]
+
+
+def work(row, seed, args, threads):
+    """Trains and evaluates one row with one seed, as far as that was not done. -> lines for evidence.jsonl"""
+    own, train, evaluations = commands(row, seed, args.out, args.epochs, args.protocols)
+    own.mkdir(parents=True, exist_ok=True)
+    done = own / "evidence.json"
+    lines = {line["column"]: line for line in (json.loads(done.read_text()) if done.exists() else [])}
+    if train and not lines:
+        call(train, threads)
+    log = (own / "log.jsonl").read_text().splitlines() if (own / "log.jsonl").exists() else []
+    curve = [(line["epoch"], line["knn"]) for line in map(json.loads, log) if "knn" in line]
+    for column, command in evaluations().items():
+        if column not in lines:
+            found = json.loads(call(command, threads))
+            lines[column] = {"row": row, "data": ROWS[row][0], "column": column, "value": found[PROTOCOLS[column][1]],
+                             "seed": seed, "epochs": args.epochs, "train": train and shlex.join(train), "knn_curve": curve,
+                             "eval": shlex.join(command), "found": found}
+            done.write_text(json.dumps(list(lines.values())))
+            print(f"{row}, seed {seed}, {column}: {lines[column]['value']:.1f}", flush=True)
+    return list(lines.values())
+
+
+def spread(values):
+    """Mean and sample deviation as text."""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def write_table(lines, path):
+    seeds = sorted({line["seed"] for line in lines})
+    machine = f"{platform.machine()}, {os.cpu_count()} cores; torch {torch.__version__}, torchvision {torchvision.__version__}"
+    how = (f"`python tests/evidence.py`; seeds {', '.join(map(str, seeds))}; {lines[0]['epochs']:g} epochs of 10,000 images a "
+           f"row; mean ± sample deviation where a row has several seeds; {machine}.")
+    text = [how]
+    for data in ("scenes", "scenes-fine"):
+        here = [line for line in lines if line["data"] == data]
+        columns = [c for c in PROTOCOLS if any(line["column"] == c for line in here)]
+        text += ["", f"| `{data}` | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+        for row in ROWS:
+            mine = [line for line in here if line["row"] == row]
+            if mine:
+                cells = [[line["value"] for line in mine if line["column"] == c] for c in columns]
+                text.append(f"| {row} | {len({line['seed'] for line in mine})} | "
+                            + " | ".join(spread(cell) if cell else "" for cell in cells) + " |")
+    path.write_text("\n".join(text) + "\n")
+
+
+def draw_curves(lines, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    scripts = {"slotcon.py": "SlotCon", "scfs.py": "SCFS", "saliency_cl.py": "saliency", "cvsa.py": "CVSA"}
+    figure, axes = plt.subplots(1, 4, figsize=(16, 4), sharex=True)
+    for axis, (script, title) in zip(axes, scripts.items()):
+        for row, (data, own, _) in ROWS.items():
+            curves = {line["seed"]: line["knn_curve"] for line in lines if line["row"] == row and line["knn_curve"]}
+            if own == script and curves:
+                points = list(zip(*curves.values()))  # of one epoch, over the seeds
+                values = [[knn for _, knn in point] for point in points]
+                x, mean = [point[0][0] for point in points], [statistics.mean(v) for v in values]
+                axis.plot(x, mean, label=row)
+                if len(curves) > 1:
+                    half = [statistics.stdev(v) for v in values]
+                    axis.fill_between(x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)], alpha=0.15)
+            if data == ("scenes-fine" if script == "cvsa.py" else "scenes") and own is None:
+                start = [line["value"] for line in lines if line["row"] == row and line["column"] == "kNN"]
+                axis.axhline(statistics.mean(start), color="grey", linestyle=":", label=row) if start else None
+        axis.set(title=title, xlabel="epochs", ylabel="kNN top-1, %")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
+    p.add_argument("--epochs", type=float, default=2.0)
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time; 0: only write what there is")
+    p.add_argument("--out", type=Path, default=ROOT / "runs" / "evidence")
+    p.add_argument("--results", type=Path, default=RESULTS)
+    args = p.parse_args()
+    if args.jobs:  # seed by seed, so that an early end leaves whole tables
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for _ in pool.map(lambda job: work(*job, args, max(1, os.cpu_count() // args.jobs)),
+                              [(row, seed) for seed in args.seeds for row in args.rows]):
+                pass
+    lines = [line for path in sorted(args.out.glob("*/evidence.json")) for line in json.loads(path.read_text())]
+    lines.sort(key=lambda line: (list(ROWS).index(line["row"]), line["seed"], list(PROTOCOLS).index(line["column"])))
+    (args.results / "evidence.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_table(lines, args.results / "evidence.md")
+    draw_curves(lines, args.results / "evidence.png")
+    print((args.results / "evidence.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
