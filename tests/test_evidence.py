@@ -1,0 +1,50 @@
+"""The table of evidence: its commands are ones that the scripts take, its figures the mean and spread of its lines."""
+import importlib
+import json
+
+import evidence
+
+
+def test_every_command_is_one_that_its_script_takes(tmp_path):
+    seen = set()
+    for row, (data, script, _) in evidence.ROWS.items():
+        own, train, evaluations = evidence.commands(row, 1, tmp_path, 2.0, list(evidence.PROTOCOLS))
+        own.mkdir()
+        assert own not in seen  # no two rows share a folder
+        seen.add(own)
+        for name in ("backbone.pth", "finetune-0-backbone.pth")[script == "eval_linear.py":]:
+            (own / name).touch()
+            weights = str(own / name)
+        if train:
+            args = importlib.import_module(train[1][:-3]).parse_args(train[2:])
+            assert (args.data, args.seed, args.epochs, args.arch, args.preset) == (data, 1, 2.0, "small", "demo")
+        found = evaluations()
+        assert ("mAP" in found) == (data == "scenes-fine") and len(found) == len(evidence.PROTOCOLS) - (data == "scenes")
+        for command in found.values():
+            args = importlib.import_module("eval_linear").parse_args(command[2:])
+            assert (args.data, args.seed, args.preset) == (data, 1, "demo")
+            assert args.weights == (weights if script else "random")
+
+
+def test_control_rows_switch_off_one_thing():
+    """A control has its method's command and its own flags, nothing else."""
+    plain = {script: row for row, (_, script, flags) in reversed(evidence.ROWS.items()) if script and not flags}
+    for row, (_, script, flags) in evidence.ROWS.items():
+        if script and flags:
+            def words(r):
+                own, train, _ = evidence.commands(r, 0, evidence.Path("x"), 2.0, [])
+                return [word for word in train if word != str(own)]
+            assert words(row) == words(plain[script])[:4] + evidence.shlex.split(flags) + words(plain[script])[4:]
+
+
+def test_table_and_curves(tmp_path):
+    lines = [{"row": row, "data": "scenes", "column": column, "value": value + seed, "seed": seed, "epochs": 2.0,
+              "knn_curve": [[1.0, value], [2.0, value + seed]]}
+             for row, value in (("random", 40.0), ("SlotCon", 50.0)) for column in ("kNN", "linear") for seed in (0, 1, 2)]
+    lines += [line | {"row": "CVSA", "data": "scenes-fine"} for line in lines[-1:]]
+    evidence.write_table(json.loads(json.dumps(lines)), tmp_path / "t.md")
+    text = (tmp_path / "t.md").read_text()
+    assert "| `scenes` | seeds | kNN | linear |" in text and "| SlotCon | 3 | 51.0 ± 1.0 | 51.0 ± 1.0 |" in text
+    assert "| CVSA | 1 | 52.0 |" in text and "supervised" not in text
+    evidence.draw_curves(lines, tmp_path / "t.png")
+    assert (tmp_path / "t.png").stat().st_size > 10_000
