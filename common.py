@@ -104,8 +104,8 @@ def object_bank(fine, size=128):
         x = x - 0.3
         trunk = polygon_distance(0.8 * circle.real + 0.5j * circle.imag, x, y)
         tails, fins = ([polygon_distance(np.array(p), x, y) - 0.05 for p in part] for part in (
-            ([-0.6, -1.4 - 0.6j, -1.05, -1.4 + 0.6j], [-0.6, -1.1 - 0.5j, -1.4 - 0.25j, -1.4 + 0.25j, -1.1 + 0.5j],
-             [-0.6 - 0.15j, -1.45, -0.6 + 0.15j], [-0.6, -1.2 - 0.65j, -1.2 + 0.65j]),
+            ([-0.5, -1.5 - 0.9j, -1.0, -1.5 + 0.9j], [-0.5, -1.0 - 0.75j, -1.5 - 0.45j, -1.5 + 0.45j, -1.0 + 0.75j],
+             [-0.5 - 0.15j, -1.6, -0.5 + 0.15j], [-0.5, -1.0 - 0.9j, -0.9, -1.0 + 0.9j]),
             ([-0.5 - 0.3j, -0.2 - 1j, 0.4 - 0.35j], [-0.6 - 0.3j, -0.5 - 0.7j, 0.3 - 0.7j, 0.5 - 0.3j],
              [-0.45 - 0.3j, -0.45 - 0.9j, -0.15 - 0.5j, -0.95j, 0.25 - 0.5j, 0.4 - 0.85j, 0.45 - 0.3j])))
         marks = np.sin(tau * 1.9 * x), np.cos(tau * 2 * x) + np.cos(tau * 2 * y) - 0.7, 2 * np.sin(tau * 2 * y)
@@ -154,7 +154,7 @@ def scenes(indices, size, fine=False):
     material, label = (u[0] * len(MATERIALS)).astype(np.int64), (u[1] * SCENE_CLASSES).astype(np.int64)
     image = sample(material_bank(fine)[material], u[2], u[3], 0.8 + 0.4 * u[4], (u[5] - 0.5) * 1.2, 1, "reflection")
     main_radius = 0.32 + 0.08 * u[6] if fine else 0.26 + 0.16 * u[6]
-    margin = main_radius * (1.05 if fine else 0.6)          # the border may cut an object, the fish hardly
+    margin = main_radius * (0.9 if fine else 0.6)          # the border may cut an object, the fish hardly
     main_x, main_y = margin + (1 - 2 * margin) * u[7:9]
     order = (0,) if fine else (1, 2, 3, 0, 4)               # slot 0 is the main object, 1 to 3 lie behind it
     top, kinds = torch.zeros(n, 1, size, size, dtype=torch.uint8), np.zeros((n, 1 + len(order)), np.int64)
@@ -168,7 +168,7 @@ def scenes(indices, size, fine=False):
             push = np.maximum(1, (main_radius + 0.4 * radius) / np.maximum(np.hypot(x, y), 1e-3))
             x, y = np.clip(main_x + push * x, 0.07, 0.93), np.clip(main_y + push * y, 0.07, 0.93)
         mirror = 1 - 2 * (v[8] < 0.5) if fine else 1
-        angle = (v[6] - 0.5) * (1.2 if fine else 3.1)
+        angle = (v[6] - 0.5) * (0.8 if fine else 3.1)
         field = sample(object_bank(fine)[kind], x, y, radius * REACH, angle, mirror, "border")
         distance, tone = field.split(1, 1)
         base, tip = HUES[np.full(n, 2) if fine else kind // 6].unbind(1)

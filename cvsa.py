@@ -68,9 +68,9 @@ RECIPE = {"arch": "resnet50", "image_size": 224, "canvas": 512, "batch_size": 25
           "momentum": 0.996, "save_every": 500, "log_every": 50, "knn_every": 10.0}
 LARGE = {"canvas": 384, "batch_size": 4096, "epochs": 200.0, "weight_decay": 1e-6, "momentum": 0.99}  # LR 4.8 in all
 PRESETS = {
-    "demo": {"arch": "small", "image_size": 64, "canvas": 96, "batch_size": 64, "epochs": 4.0, "optimizer": "adamw",
+    "demo": {"arch": "small", "image_size": 64, "canvas": 96, "batch_size": 32, "epochs": 4.0, "optimizer": "adamw",
              "lr": 8e-3, "weight_decay": 0.01, "warmup_epochs": 0.4, "hidden": 512, "dim": 128, "dense_hidden": 256,
-             "momentum": 0.97, "blur": 0.6, "save_every": 200, "log_every": 25, "knn_every": 1.0},
+             "momentum": 0.97, "blur": 0.6, "save_every": 400, "log_every": 50, "knn_every": 1.0},
     "finegrained": RECIPE, "imagenet": RECIPE | LARGE, "inat": RECIPE | LARGE,
 }
 
