@@ -56,7 +56,7 @@ PARTS = ("data", "views", "step", "end", "ladder", "scaling", "bytes")
 PRESETS = {"slotcon": "coco", "scfs": "imagenet-200ep", "saliency_cl": "coco", "cvsa": "finegrained"}  # at full size
 METHODS = [name for name in PRESETS if (ROOT / f"{name}.py").exists()]
 SAME = ("cpu", "gpus", "torch", "threads", "quick")  # what rows of one table have in common
-STEP_FACTOR = 8 / 3  # DESIGN's 2.67: two views, three passes' work for the student and one for the teacher, over three
+STEP_FACTOR = 8 / 3  # two views, each three passes' work in the student and one in the teacher, over one view's three
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
