@@ -449,9 +449,9 @@ class Log:
 @torch.no_grad()
 def draw(model, teacher, images, indices, path, size, masks="boundary", show=8):
     """One column an image: the whole and its box; then, for each of two views, swapped if possible, the view, the
-    object,, and where the student looks (bright) when asked for the object that the teacher saw in the other view, or,
-    without alignment, where the encoder does. Takes the first `show` of `indices`, a multiple of 4."""
-    weight, indices = next(model.parameters()), list(indices)[:min(show, len(indices) // 4 * 4)]
+    object, and where the student looks (bright) when asked for the object that the teacher saw in the other view, or,
+    without alignment, where the encoder does. Takes the first `show` of `indices`, a multiple of 4; of 3 one twice."""
+    weight, indices = next(model.parameters()), (4 * list(indices))[:max(4, min(show, len(indices) // 4 * 4))]
     batch = next(sequential(images, indices, batch_size=show, workers=0, device=weight.device))
     found, u = find_masks(batch, masks, weight.dtype), uniforms(0, 0, len(indices), sum(COLUMNS))
     u[:, -2 * PHOTO_COLUMNS:] = 1  # no photometry
