@@ -154,7 +154,7 @@ def scenes(indices, size, fine=False):
     material, label = (u[0] * len(MATERIALS)).astype(np.int64), (u[1] * SCENE_CLASSES).astype(np.int64)
     image = sample(material_bank(fine)[material], u[2], u[3], 0.8 + 0.4 * u[4], (u[5] - 0.5) * 1.2, 1, "reflection")
     main_radius = 0.32 + 0.08 * u[6] if fine else 0.26 + 0.16 * u[6]
-    margin = main_radius * (0.9 if fine else 0.6)          # the border may cut an object, the fish hardly
+    margin = main_radius * (0.9 if fine else 0.6)           # the border may cut an object, of a fish its fins and tail
     main_x, main_y = margin + (1 - 2 * margin) * u[7:9]
     order = (0,) if fine else (1, 2, 3, 0, 4)               # slot 0 is the main object, 1 to 3 lie behind it
     top, kinds = torch.zeros(n, 1, size, size, dtype=torch.uint8), np.zeros((n, 1 + len(order)), np.int64)
@@ -215,21 +215,19 @@ def squeeze(image, side):
     """Opened Pillow image of any mode -> canvas uint8 3 side side, (height, width) of the original, as EXIF turns it.
     What is transparent becomes white, the page that cut-outs are drawn for. 16-bit grey is divided by 256 (Pillow would
     clip it); float grey is 0..1, 0..255 or 0..65535, whichever holds its maximum. A JPEG is decoded at 1/2, 1/4 or 1/8
-    (libjpeg's scaled DCT) where that is no smaller than the canvas, else, in RGB, by torchvision: the same libjpeg and
-    bits, two copies less."""
-    size, turn, pixels = (image.height, image.width), None, None
+    (libjpeg's scaled DCT) where that is no smaller than the canvas, else by torchvision: the same bits, fewer copies."""
+    size, turn = (image.height, image.width), None
     scaled = image.draft(None, (side, side))     # None unless JPEG; its box is the part of the last pixels that counts
     plain = image.format == "JPEG" and image.fp and image.mode == "RGB" and image.size[::-1] == size
     None if plain else image.load()
     with contextlib.suppress(Exception):         # damaged metadata does not make the pixels unreadable
         turn = image.getexif().get(0x0112)
     if plain and turn not in TURNS:
-        image.fp.seek(0)
         with contextlib.suppress(RuntimeError, AttributeError):      # unreadable, or a torchvision without it: Pillow's
+            image.fp.seek(0)
             pixels = torchvision.io.decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8))
+            return tvf.resize(pixels, [side, side], tvf.InterpolationMode.BICUBIC, antialias=True), size
         image.fp.seek(0)
-    if pixels is not None and pixels.shape == (3, *size):
-        return tvf.resize(pixels, [side, side], tvf.InterpolationMode.BICUBIC, antialias=True), size
     image.load()
     if scaled and image.size[::-1] != size:
         image = image.resize((side, side), Image.Resampling.BICUBIC, scaled[1])
@@ -1088,18 +1086,6 @@ def center_views(images, indices, size, net, pick=lambda out: out, batch_size=12
     for m, training in modes:
         m.training = training
     return [torch.cat(part) for part in zip(*found)]
-
-def majority_miou(segment, truth, void=255):
-    """mIoU in % of segments as classes: each segment number is taken for its most frequent class on the first half of
-    the images and scored on the second. segment, truth: N H W of whole numbers."""
-    truth, half = truth.long(), len(truth) // 2
-    known, classes = truth != void, int(truth[truth != void].max()) + 1
-    pairs = (segment * classes + truth)[:half][known[:half]]
-    pairs = pairs.bincount(minlength=(int(segment.max()) + 1) * classes).view(-1, classes)
-    guess, truth = pairs.argmax(1)[segment[half:]][known[half:]], truth[half:][known[half:]]
-    c = torch.bincount(guess * classes + truth, minlength=classes ** 2).view(classes, classes).double()
-    union = c.sum(0) + c.sum(1) - c.diag()
-    return 100 * (c.diag() / union)[union > 0].mean().item()
 
 def knn_probe(net, images, split, size, device, half):
     """{"knn": accuracy in %}, weighted kNN (k = 20, T = 0.07) on the pooled last map; {} where there are no labels."""

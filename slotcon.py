@@ -57,7 +57,7 @@ from tqdm import tqdm
 
 from common import (  # isort: skip
     ARCHS, PHOTO_COLUMNS, RRC_COLUMNS, agree, backbone, batches, center_views, crop, full, heed_signals, jitter_order,
-    knn_probe, knn_split, load_backbone, majority_miou, numerics, open_images, overlap_rectangles, parse_preset,
+    knn_probe, knn_split, load_backbone, numerics, open_images, overlap_rectangles, parse_preset,
     photometry, point_matrix, random_boxes, random_boxes_overlapping, refuse, rendezvous, resample, run_length,
     run_script, save_backbone, settings_of, sync_batchnorm, training_arguments, uniforms, upload)
 
@@ -446,6 +446,18 @@ def draw(teacher, images, indices, path, size, show=8, carriers=5):
         tiles.append(torch.where((big[best] == k)[:, None], view[best], 0.25 * view[best] + 0.6))
     path = Path(path).with_name(f"{Path(path).stem}-prototypes.png")
     save_image(torch.stack(tiles).transpose(0, 1).flatten(0, 1), path, nrow=len(tiles))
+
+def majority_miou(segment, truth, void=255):
+    """mIoU in % of segments as classes: each segment number is taken for its most frequent class on the first half of
+    the images and scored on the second. segment, truth: N H W of whole numbers."""
+    truth, half = truth.long(), len(truth) // 2
+    known, classes = truth != void, int(truth[truth != void].max()) + 1
+    pairs = (segment * classes + truth)[:half][known[:half]]
+    pairs = pairs.bincount(minlength=(int(segment.max()) + 1) * classes).view(-1, classes)
+    guess, truth = pairs.argmax(1)[segment[half:]][known[half:]], truth[half:][known[half:]]
+    c = torch.bincount(guess * classes + truth, minlength=classes ** 2).view(classes, classes).double()
+    union = c.sum(0) + c.sum(1) - c.diag()
+    return 100 * (c.diag() / union)[union > 0].mean().item()
 
 def slot_quality(teacher, images, indices, size):
     """How much of the slots is objects. slot_miou in % (where there are masks): each prototype taken for its most

@@ -170,7 +170,7 @@ def join(script, environment, delay, out):
     os._exit(9)  # as a process that is killed: nothing is said to the others
 
 
-@row("one of two ranks killed under torchrun --max-restarts: the addresses of the dead, still in torchrun's store, mislead nobody")
+@row("a rank killed under torchrun --max-restarts: addresses of the dead in its store mislead nobody")
 def test_the_dead_mislead_nobody(script, tmp_path):
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's agent has it
     for attempt, late in enumerate((0, 1, 0)):
