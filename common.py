@@ -154,7 +154,7 @@ def scenes(indices, size, fine=False):
     material, label = (u[0] * len(MATERIALS)).astype(np.int64), (u[1] * SCENE_CLASSES).astype(np.int64)
     image = sample(material_bank(fine)[material], u[2], u[3], 0.8 + 0.4 * u[4], (u[5] - 0.5) * 1.2, 1, "reflection")
     main_radius = 0.32 + 0.08 * u[6] if fine else 0.26 + 0.16 * u[6]
-    margin = main_radius * (0.9 if fine else 0.6)           # the border may cut an object, of a fish its fins and tail
+    margin = main_radius * (0.9 if fine else 0.6)           # the border may cut an object, of a fish the ends
     main_x, main_y = margin + (1 - 2 * margin) * u[7:9]
     order = (0,) if fine else (1, 2, 3, 0, 4)               # slot 0 is the main object, 1 to 3 lie behind it
     top, kinds = torch.zeros(n, 1, size, size, dtype=torch.uint8), np.zeros((n, 1 + len(order)), np.int64)
@@ -215,7 +215,7 @@ def squeeze(image, side):
     """Opened Pillow image of any mode -> canvas uint8 3 side side, (height, width) of the original, as EXIF turns it.
     What is transparent becomes white, the page that cut-outs are drawn for. 16-bit grey is divided by 256 (Pillow would
     clip it); float grey is 0..1, 0..255 or 0..65535, whichever holds its maximum. A JPEG is decoded at 1/2, 1/4 or 1/8
-    (libjpeg's scaled DCT) where that is no smaller than the canvas, else by torchvision: the same bits, fewer copies."""
+    (libjpeg's scaled DCT) where that is no smaller than the canvas, else by torchvision: same bits, fewer copies."""
     size, turn = (image.height, image.width), None
     scaled = image.draft(None, (side, side))     # None unless JPEG; its box is the part of the last pixels that counts
     plain = image.format == "JPEG" and image.fp and image.mode == "RGB" and image.size[::-1] == size
