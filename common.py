@@ -39,8 +39,9 @@ from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
 SCENE_CLASSES = 12
-# What tells images apart more easily than their objects do is all that a network without labels would learn. So the
-# backgrounds are five pale materials, each of one texture and hue (dark end, light end), the same in many images.
+# What tells images apart more easily than their objects do is all that a network without labels would learn. So all
+# backgrounds are patchworks of the same five pale materials, each of one texture and hue (dark end, light end), and
+# most objects of an image are of one class, each with its own place, size, turn, shade and contrast.
 MATERIALS = np.array([[106, 121, 101, 139, 150, 118], [152, 140, 121, 171, 163, 145], [101, 123, 135, 135, 153, 159],
                       [113, 115, 118, 149, 149, 149], [159, 152, 146, 142, 113, 107]]).reshape(5, 2, 3, 1, 1) / 255
 # Base and light end. In `scenes` the first six classes have one hue, the others another; the fish have the third.
@@ -64,8 +65,8 @@ def smooth_noise(stream, size, width, height):
     return (tile - tile.mean()) / tile.std()
 
 @functools.cache
-def material_bank(fine, size=192):
-    """Grass, sand, water, cobbles, bricks; `fine`: five patchworks of all. float32 (5, 3, size, size) in [0, 1]."""
+def material_bank(size=192):
+    """Five patchworks of grass, sand, water, cobbles and bricks. float32 (5, 3, size, size) in [0, 1]."""
     y, x = np.mgrid[:size, :size] / size
     noise, shades = functools.partial(smooth_noise, size=size), hash_uniforms(np.arange(100), 3, 9)
     grain, cloud = noise(2, width=1, height=1), noise(3, width=24, height=24)
@@ -82,11 +83,9 @@ def material_bank(fine, size=192):
         np.clip((second - first) * 26, 0, 1) * (0.75 + 0.1 * cloud) + 0.07 * grain,
         np.clip(joint * 9 - 0.7, 0, 1) * (0.6 + 0.4 * shades[2, (row * 7 + along).astype(int)] + 0.07 * grain)])
     bank = MATERIALS[:, 0] + tone.clip(0, 1)[:, None] * (MATERIALS[:, 1] - MATERIALS[:, 0])
-    if fine:
-        hard = near.argmin(-1) * 3 % 5 == np.arange(5)[:, None, None]
-        soft = sum(np.roll(hard, (i, j), (1, 2)) for i in (0, 1, 2) for j in (0, 1, 2)) / 9
-        bank = np.stack([sum(bank[(k + m) % 5] * soft[m] for m in range(5)) for k in range(5)])
-    return torch.from_numpy(bank).float()
+    hard = near.argmin(-1) * 3 % 5 == np.arange(5)[:, None, None]
+    soft = sum(np.roll(hard, (i, j), (1, 2)) for i in (0, 1, 2) for j in (0, 1, 2)) / 9
+    return torch.from_numpy(np.stack([sum(bank[(k + m) % 5] * soft[m] for m in range(5)) for k in range(5)])).float()
 
 def polygon_distance(points, x, y):
     """Signed distance of (x, y) to the polygon of complex vertices `points`, negative inside."""
@@ -130,7 +129,7 @@ def object_bank(fine, size=128):
 def scenes(indices, size, fine=False):
     """Scenes `indices` (python ints), each decided by its index alone, the same picture at every `size` in pixels.
 
-    `fine`: one fish over a patchwork, 12 classes that differ in tail, fin and marking; else one to five objects.
+    `fine`: one fish, 12 classes that differ in tail, fin and marking; else one to five objects, mostly of one class.
     Returns images uint8 (n, 3, size, size); masks uint8 (n, 1, size, size), 0 background, 1 + class of the object seen
     there; labels int64 (n,), the class of the largest visible object; boxes float32 (n, 5 or 1, 4), x0 y0 x1 y1 of
     each object's visible part in fractions of the side, the labelled object first, NaN if absent or hidden."""
@@ -152,7 +151,7 @@ def scenes(indices, size, fine=False):
         return F.grid_sample(bank, torch.stack(grid, -1)[:, 0], padding_mode=padding, align_corners=False)
 
     material, label = (u[0] * len(MATERIALS)).astype(np.int64), (u[1] * SCENE_CLASSES).astype(np.int64)
-    image = sample(material_bank(fine)[material], u[2], u[3], 0.8 + 0.4 * u[4], (u[5] - 0.5) * 1.2, 1, "reflection")
+    image = sample(material_bank()[material], u[2], u[3], 0.8 + 0.4 * u[4], (u[5] - 0.5) * 1.2, 1, "reflection")
     main_radius = 0.32 + 0.08 * u[6] if fine else 0.26 + 0.16 * u[6]
     margin = main_radius * (0.9 if fine else 0.6)           # the border may cut an object, of a fish the ends
     main_x, main_y = margin + (1 - 2 * margin) * u[7:9]
@@ -163,16 +162,16 @@ def scenes(indices, size, fine=False):
         x, y, radius, kind, present = main_x, main_y, main_radius, label, np.ones(n)
         if slot:
             radius, present = 0.10 + (0.03 if slot == 4 else 0.07) * v[0], v[1] < 0.7
-            kind = np.where(v[2] < 0.45, label, (v[3] * SCENE_CLASSES).astype(np.int64))
+            kind = np.where(v[2] < 0.9, label, (v[3] * SCENE_CLASSES).astype(np.int64))
             x, y = v[4] - main_x, v[5] - main_y             # pushed outwards: objects overlap but seldom hide
             push = np.maximum(1, (main_radius + 0.4 * radius) / np.maximum(np.hypot(x, y), 1e-3))
             x, y = np.clip(main_x + push * x, 0.07, 0.93), np.clip(main_y + push * y, 0.07, 0.93)
         mirror = 1 - 2 * (v[8] < 0.5) if fine else 1
-        angle = (v[6] - 0.5) * (0.8 if fine else 3.1)
+        angle, shade = (v[6] - 0.5) * 0.8, 0.1 * v[7] - 0.05 if fine else 0.3 * v[7] - 0.2
         field = sample(object_bank(fine)[kind], x, y, radius * REACH, angle, mirror, "border")
         distance, tone = field.split(1, 1)
         base, tip = HUES[np.full(n, 2) if fine else kind // 6].unbind(1)
-        colour = tone * (tip - base) * per_image(1 - 0.2 * v[9]) + (base + per_image(0.1 * v[7] - 0.05))
+        colour = tone * (tip - base) * per_image(1 - (0.2 if fine else 0.45) * v[9]) + (base + per_image(shade))
         shadow, rim = (1 - distance * 4).clamp_(0, 1), (distance * -7).clamp_(0, 1) * 0.25 + 0.75
         cover = (0.5 - distance * per_image(radius * size)).clamp_(0, 1) * per_image(present)
         image *= 1 - shadow * shadow * per_image(0.3 * present)
@@ -598,8 +597,7 @@ def batches(images, *, batch_size, seed, start, stop, rank=0, world=1, workers=0
         for epoch, group in itertools.groupby(range(start, stop), lambda step: step // steps):
             permutation = torch.randperm(len(images), generator=seeded(seed, 1, epoch))
             for step in group:
-                first = step % steps * batch_size + rank * rows
-                yield permutation[first:first + rows].tolist()
+                yield permutation[step % steps * batch_size + rank * rows:][:rows].tolist()
     named = set()
     for batch in fetch(images, order(), workers, device, timeout):
         for index, why in batch.unreadable:
@@ -1208,6 +1206,8 @@ def run_script(train, parse_args):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
+        for worker in torch.multiprocessing.active_children():       # they ignore SIGTERM, with which the interpreter
+            worker.kill()                                            # ends and then awaits them: after a crash, for ever
         if dist.is_initialized():
             dist.destroy_process_group()
 

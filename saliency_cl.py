@@ -67,8 +67,8 @@ ORL = {"arch": "resnet50", "image_size": 224, "canvas": 512, "batch_size": 512, 
        "lr": 0.2, "weight_decay": 1e-4, "warmup_epochs": 4.0, "dim": 256, "hidden": 4096, "crop_size": 96,
        "crop_area": [0.08, 1.0], "momentum": 0.99, "save_every": 1000, "log_every": 50, "knn_every": 10.0}
 PRESETS = {  # [ORL]'s public COCO configuration, the closest published recipe
-    "demo": {"arch": "small", "image_size": 64, "canvas": 96, "batch_size": 64, "epochs": 4.0, "optimizer": "adamw",
-             "lr": 8e-3, "final_lr": 0.0, "weight_decay": 0.01, "warmup_epochs": 0.4, "dim": 128, "hidden": 512,
+    "demo": {"arch": "small", "image_size": 64, "canvas": 96, "batch_size": 64, "epochs": 3.0, "optimizer": "adamw",
+             "lr": 8e-3, "final_lr": 0.0, "weight_decay": 0.01, "warmup_epochs": 0.3, "dim": 128, "hidden": 512,
              "crop_size": 32, "crop_area": [0.2, 1.0], "blur": 0.6, "momentum": 0.97, "save_every": 200,
              "log_every": 25, "knn_every": 1.0},
     "coco": ORL,

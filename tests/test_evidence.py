@@ -1,6 +1,7 @@
 """The table of evidence: its commands are ones that the scripts take, its figures the mean and spread of its lines."""
 import importlib
 import json
+import sys
 
 import evidence
 
@@ -44,7 +45,22 @@ def test_table_and_curves(tmp_path):
     lines += [line | {"row": "CVSA", "data": "scenes-fine"} for line in lines[-1:]]
     evidence.write_table(json.loads(json.dumps(lines)), tmp_path / "t.md")
     text = (tmp_path / "t.md").read_text()
-    assert "| `scenes` | seeds | kNN | linear |" in text and "| SlotCon | 3 | 51.0 ± 1.0 | 51.0 ± 1.0 |" in text
+    assert "| `scenes`, 2 epochs | seeds | kNN | linear |" in text and "| SlotCon | 3 | 51.0 ± 1.0 | 51.0 ± 1.0 |" in text
     assert "| CVSA | 1 | 52.0 |" in text and "supervised" not in text
     evidence.draw_curves(lines, tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 10_000
+
+
+def test_a_small_table_from_end_to_end_and_no_work_done_twice(tmp_path, monkeypatch, capsys):
+    tiny = "--steps 1 --batch-size 8 --image-size 32 --canvas 32 --workers 0"
+    monkeypatch.setattr(evidence, "ROWS", {"random": ("scenes:40", None, ""), "SlotCon": ("scenes:40", "slotcon.py", tiny)})
+    monkeypatch.setattr(evidence, "PROTOCOLS", {"kNN": (f"--protocol knn {tiny}", "top1_k20", "")})
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--seeds", "0", "--rows", "random", "SlotCon", "--protocols", "kNN", "--jobs", "1",
+                                      "--epochs", "1", "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    evidence.main()
+    assert capsys.readouterr().out.count("seed 0, kNN") == 2
+    lines = [json.loads(line) for line in (tmp_path / "evidence.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["found"]["weights"] == "random") for line in lines] == [("random", True), ("SlotCon", False)]
+    assert lines[1]["knn_curve"] and 0 <= lines[1]["value"] == lines[1]["found"]["top1_k20"] <= 100
+    evidence.main()
+    assert "seed 0, kNN" not in capsys.readouterr().out

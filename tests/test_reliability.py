@@ -1,6 +1,7 @@
 """Faults of clusters, disks, images and people: a case a row of the table of faults, for every method script. Processes
 are real and are really killed; see runs.py."""
 import importlib
+import itertools
 import json
 import math
 import os
@@ -442,6 +443,27 @@ def test_a_data_worker_killed(script, when, out):
     last = run.refusal()
     assert "DataLoader worker" in last and "--workers" in last
     assert_whole(out)
+
+
+def third_step_breaks():
+    """As memory that runs out does, an error that no one expects."""
+    for script in SCRIPTS:
+        module = importlib.import_module(script)
+        steps, update = itertools.count(1), module.ema_update
+        def broken(*args, steps=steps, update=update):
+            if next(steps) == 3:
+                raise RuntimeError("out of memory")
+            update(*args)
+        module.ema_update = broken
+
+
+@row("an error nobody expects, with workers at work: ends, with its traceback")
+def test_an_unexpected_error_ends_the_run(script, out):
+    """The workers ignore SIGTERM, by which the interpreter ends children at its own end before it waits for them."""
+    run = Run(script, flags(script, out, "--workers", 2, "--steps", 200), before=third_step_breaks).until_step(2)
+    workers = children(run.forks[0].pid)
+    assert "out of memory" in run.wait(1)
+    assert len(workers) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in workers)
 
 
 @pytest.mark.slow
