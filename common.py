@@ -1207,7 +1207,7 @@ def run_script(train, parse_args):
         sys.exit(2)
     finally:
         for worker in torch.multiprocessing.active_children():       # they ignore SIGTERM, with which the interpreter
-            worker.kill()                                            # ends and then awaits them: after a crash, for ever
+            worker.kill()                                            # ends them; then it waits: after a crash, for ever
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from common import UserError, save_backbone
 from runs import (
     PATIENCE,
     SCRIPTS,
@@ -33,8 +35,6 @@ from runs import (
     server,
     steps_of,
 )
-
-from common import UserError, save_backbone
 
 
 def row(name, every=False):
