@@ -172,9 +172,10 @@ def main():
     p.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
     p.add_argument("--epochs", type=float, default=0.0, help=f"0: {EPOCHS}")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time; 0: only write what there is")
-    p.add_argument("--out", type=Path, default=ROOT / "runs" / "evidence")
+    p.add_argument("--out", type=Path, default=Path("runs/evidence"))
     p.add_argument("--results", type=Path, default=RESULTS)
     args = p.parse_args()
+    os.chdir(ROOT)  # paths in the results are those of a clone
     if args.jobs:  # seed by seed, so that an early end leaves whole tables
         with ThreadPoolExecutor(args.jobs) as pool:
             for _ in pool.map(lambda job: work(*job, args, max(1, os.cpu_count() // args.jobs)),
