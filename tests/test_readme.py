@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, SCRIPTS, Run, flags, pictures, reference
+from launch import ROOT, SCRIPTS, Run, flags, pictures, reference
 
 import common
 

@@ -1,5 +1,5 @@
 """Faults of clusters, disks, images and people: a case a row of the table of faults, for every method script. Processes
-are real and are really killed; see runs.py."""
+are real and are really killed; see launch.py."""
 import importlib
 import itertools
 import json
@@ -16,10 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-from common import UserError, save_backbone
-from runs import (
+from launch import (
     PATIENCE,
     SCRIPTS,
     Run,
@@ -35,6 +32,9 @@ from runs import (
     server,
     steps_of,
 )
+from PIL import Image
+
+from common import UserError, save_backbone
 
 
 def row(name, every=False):

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import skimage
 import torchvision
-from PIL import Image
-from runs import (
+from launch import (
     METHODS,
     ROOT,
     SCRIPTS,
@@ -28,6 +27,7 @@ from runs import (
     reference_of_two,
     steps_of,
 )
+from PIL import Image
 
 SHARED = {"process", "setup_processes", "gather", "LARS", "make_optimizer", "schedule", "ema_update", "agree",
           "NOT_COMPARED", "save_checkpoint", "load_checkpoint", "Log"}  # one text wherever they stand

@@ -82,7 +82,7 @@ def reference_of_two(script):
 def server():
     os.environ["OMP_NUM_THREADS"] = "1"
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["runs"])
+    context.set_forkserver_preload(["launch"])
     return context
 
 
