@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Tests as well: the server that runs.py forks from finds in it what to load beforehand.
+# Tests as well: the server that launch.py forks from finds in it what to load beforehand.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
 torch.set_num_threads(1)
 
