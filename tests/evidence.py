@@ -128,7 +128,7 @@ def write_table(lines, path):
     for data in ("scenes", "scenes-fine"):
         here = [line for line in lines if line["data"] == data]
         columns = [c for c in PROTOCOLS if any(line["column"] == c for line in here)]
-        epochs = ", ".join(sorted({f"{line['epochs']:g} epochs" for line in here}))
+        epochs = ", ".join(sorted({f"{line['epochs']:g} epochs" for line in here if line["train"]}))
         text += ["", f"| `{data}`, {epochs} | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
         for row in ROWS:
             mine = [line for line in here if line["row"] == row]

@@ -39,7 +39,7 @@ def test_control_rows_switch_off_one_thing():
 
 
 def test_table_and_curves(tmp_path):
-    lines = [{"row": row, "data": "scenes", "column": column, "value": value + seed, "seed": seed, "epochs": 2.0,
+    lines = [{"row": row, "data": "scenes", "column": column, "value": value + seed, "seed": seed, "epochs": 2.0, "train": row,
               "knn_curve": [[1.0, value], [2.0, value + seed]]}
              for row, value in (("random", 40.0), ("SlotCon", 50.0)) for column in ("kNN", "linear") for seed in (0, 1, 2)]
     lines += [line | {"row": "CVSA", "data": "scenes-fine"} for line in lines[-1:]]
