@@ -67,7 +67,6 @@ PROTOCOLS = {  # the column: flags, the measure, the data it is for
 def commands(row, seed, out, epochs, protocols):
     """-> the row's training command (None: there is none), and a function from there to its evaluations' commands."""
     data, script, flags = ROWS[row]
-    epochs = epochs or EPOCHS[data]
     own = out / f"{row.replace(' ', '-').replace(',', '').replace(':', '')}-{seed}"
     train = script and ["python", script, "--data", data, *shlex.split(flags), "--epochs", str(epochs), "--seed", str(seed),
                         "--out", str(own)]
@@ -85,7 +84,7 @@ def commands(row, seed, out, epochs, protocols):
 
 
 def call(command, threads):
-    """Runs a command of a row. -> what it printed: a training nothing, an evaluation its line of JSON last"""
+    """Runs a command of a row. -> what it printed; the last line of an evaluation is its JSON"""
     done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
                           capture_output=True, text=True, check=False)
     if done.returncode:
@@ -95,7 +94,8 @@ def call(command, threads):
 
 def work(row, seed, args, threads):
     """Trains and evaluates one row with one seed, as far as that was not done. -> lines for evidence.jsonl"""
-    own, train, evaluations = commands(row, seed, args.out, args.epochs, args.protocols)
+    epochs = args.epochs or EPOCHS[ROWS[row][0]]
+    own, train, evaluations = commands(row, seed, args.out, epochs, args.protocols)
     own.mkdir(parents=True, exist_ok=True)
     done = own / "evidence.json"
     lines = {line["column"]: line for line in (json.loads(done.read_text()) if done.exists() else [])}
@@ -107,7 +107,7 @@ def work(row, seed, args, threads):
         if column not in lines:
             found = json.loads(call(command, threads).splitlines()[-1])
             lines[column] = {"row": row, "data": ROWS[row][0], "column": column, "value": found[PROTOCOLS[column][1]],
-                             "seed": seed, "epochs": args.epochs or EPOCHS[ROWS[row][0]], "train": train and shlex.join(train), "knn_curve": curve,
+                             "seed": seed, "epochs": epochs, "train": train and shlex.join(train), "knn_curve": curve,
                              "eval": shlex.join(command), "found": found}
             done.write_text(json.dumps(list(lines.values())))
             print(f"{row}, seed {seed}, {column}: {lines[column]['value']:.1f}", flush=True)
@@ -152,13 +152,14 @@ def draw_curves(lines, path):
                 points = list(zip(*curves.values()))  # of one epoch, over the seeds
                 values = [[knn for _, knn in point] for point in points]
                 x, mean = [point[0][0] for point in points], [statistics.mean(v) for v in values]
-                axis.plot(x, mean, label=row)
+                axis.plot(x, mean, label=f"{row}, seeds {', '.join(map(str, sorted(curves)))}")
                 if len(curves) > 1:
                     half = [statistics.stdev(v) for v in values]
                     axis.fill_between(x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)], alpha=0.15)
             if data == ("scenes-fine" if script == "cvsa.py" else "scenes") and own is None:
-                start = [line["value"] for line in lines if line["row"] == row and line["column"] == "kNN"]
-                axis.axhline(statistics.mean(start), color="grey", linestyle=":", label=row) if start else None
+                start = {line["seed"]: line["value"] for line in lines if line["row"] == row and line["column"] == "kNN"}
+                for seed, value in start.items():
+                    axis.axhline(value, color="grey", linestyle=":", label=f"{row}, seed {seed}")
         axis.set(title=title, xlabel="epochs", ylabel="kNN top-1, %")
         axis.legend(fontsize=7)
     figure.tight_layout()
@@ -172,7 +173,7 @@ def main():
     p.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
     p.add_argument("--epochs", type=float, default=0.0, help=f"0: {EPOCHS}")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time; 0: only write what there is")
-    p.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    p.add_argument("--out", type=Path, default=Path("runs/evidence"), help="in the clone, unless absolute")
     p.add_argument("--results", type=Path, default=RESULTS)
     args = p.parse_args()
     os.chdir(ROOT)  # paths in the results are those of a clone

@@ -54,6 +54,7 @@ def test_table_and_curves(tmp_path):
 def test_a_small_table_from_end_to_end_and_no_work_done_twice(tmp_path, monkeypatch, capsys):
     tiny = "--steps 1 --batch-size 8 --image-size 32 --canvas 32 --workers 0"
     monkeypatch.setattr(evidence, "ROWS", {"random": ("scenes:40", None, ""), "SlotCon": ("scenes:40", "slotcon.py", tiny)})
+    monkeypatch.chdir(evidence.ROOT)  # as main does; undone after the test
     monkeypatch.setattr(evidence, "PROTOCOLS", {"kNN": (f"--protocol knn {tiny}", "top1_k20", "")})
     monkeypatch.setattr(sys, "argv", ["evidence.py", "--seeds", "0", "--rows", "random", "SlotCon", "--protocols", "kNN", "--jobs", "1",
                                       "--epochs", "1", "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])
