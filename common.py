@@ -16,15 +16,13 @@ import json
 import math
 import mmap
 import os
-import pathlib
 import re
 import signal
 import sys
 import time
-import types
 import warnings
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -403,9 +401,9 @@ def listed(root, names, labels, classes, masks="", sizes=None, **more):
         lines += map("{}\t{}".format, files, known)
     lines = "\n".join([*lines, *map(str, labels)]).encode("utf-8", "surrogateescape")
     files, masks = (np.array([os.fsencode(path) for path in part], bytes) for part in paths)       # shared after a fork
-    return types.SimpleNamespace(**{"files": files, "masks": masks, "labels": np.array(labels, np.int64), "boxes": [],
-                                    "classes": classes, "scene": None, "held": None, "trimap": False,
-                                    "digest": hashlib.sha256(lines).hexdigest()} | more)
+    return argparse.Namespace(**{"files": files, "masks": masks, "labels": np.array(labels, np.int64), "boxes": [],
+                                 "classes": classes, "scene": None, "held": None, "trimap": False,
+                                 "digest": hashlib.sha256(lines).hexdigest()} | more)
 
 def list_folder(root, split, masks):
     def inside(folder):                          # of the images, of their masks
@@ -941,7 +939,7 @@ def load_backbone(path):
     """find_backbone of a file: ours, torchvision's, or a checkpoint of a public release. No code in it is run: one that
     asks for more than tensors, numbers, paths, containers and argparse's namespace is refused with a UserError."""
     scalar = np.float64(0).__reduce__()[0]
-    harmless = [argparse.Namespace, (pathlib.PurePosixPath, "pathlib.PosixPath"), np.dtype,
+    harmless = [argparse.Namespace, (PurePosixPath, "pathlib.PosixPath"), np.dtype,
                 *[type(np.dtype(c)) for c in "?bhilqBHILQefd"],
                 *[(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]]
     try:
@@ -1100,7 +1098,8 @@ def check_args(args):
     above = ("image_size", "canvas", "batch_size", "epochs", "steps", "lr", "blur", "save_every", "log_every",
              "timeout_minutes")
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not (0 < value < 1e18 if name in above else 0 <= value < 1e18):
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
+        if not all(0 < v < 1e18 if name in above else 0 <= v < 1e18 for v in numbers):
             refuse(f"--{name.replace('_', '-')} {value} must be {'above 0' if name in above else '0 or more'}")
     if args.workers is None:
         args.workers = max(0, min(8, (os.cpu_count() or 1) // local - 1))
@@ -1153,6 +1152,8 @@ def training_arguments(parser):
     g.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU, too; slower")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--jitter", type=float, nargs=4, metavar=("B", "C", "S", "H"), default=[0.4, 0.4, 0.2, 0.1],
+                   help="strengths in brightness, contrast, saturation, hue (0.5: any hue); default 0.4 0.4 0.2 0.1")
     g.add_argument("--init", default="", help="start the encoder from these weights")
     g.add_argument("--out", default="", help="folder of the run, default runs/SCRIPT-PRESET; a run there goes on")
     g.add_argument("--fresh", action="store_true", help="start over instead")
@@ -1218,8 +1219,7 @@ def settings_of(args, images):
     return {k: v for k, v in vars(args).items() if k not in free} | {"images": images.fingerprint}
 
 def run_length(args, n):
-    """Steps an epoch of n images, steps in all, and their ratio to --epochs: 1 unless --steps, which stretches with it
-    all that is given in epochs."""
+    """Steps an epoch of n images, steps in all, and by how much --steps stretches what is given in epochs (else 1)."""
     epoch = n // args.batch_size
     if not epoch:
         refuse(f"{n} images do not fill a batch of {args.batch_size}: lower --batch-size")

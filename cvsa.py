@@ -252,7 +252,7 @@ def aware_box(tries, mask, source, target, dtype):
     found = tries.gather(1, good.int().argmax(1)[:, None, None, None].expand(-1, 1, 2, 2))[:, 0]
     return torch.where(good.any(1)[:, None, None], found, torch.arange(2, device=mask.device)[:, None])
 
-def make_views(batch, found, u, orders, crop_area, image_size, blur, swap_prob, aware, dtype):
+def make_views(batch, found, u, orders, crop_area, image_size, jitter, blur, swap_prob, aware, dtype):
     """(1): two views of each image and its object in them. batch: common.Batch; found: of `find_masks`; u: this rank's
     uniforms; orders: of the colour operations, one a view; aware: crops heed masks. No pasted canvas is ever
     formed: host and object go straight into the view, the mask as a fourth channel through the same products.
@@ -268,9 +268,9 @@ def make_views(batch, found, u, orders, crop_area, image_size, blur, swap_prob, 
         sizes = batch.size, batch.size[host]  # whose shape the crops' law heeds, the device decides
         tries = [random_boxes(crops, size.repeat_interleave(k, 0), crop_area).view(b, 4 * k) for size in sizes]
         packed = upload(torch.cat([*tries, draws[:, -4:], batch.size, torch.stack([host, own], 1)], 1), device)
-        *tries, wish, jitter, flip, size, hosts = packed.split([4 * k, 4 * k, 1, 2, 1, 2, 2], 1)
+        *tries, wish, sides, flip, size, hosts = packed.split([4 * k, 4 * k, 1, 2, 1, 2, 2], 1)
         wanted, flip, hosts = wish[:, 0] < swap_prob, flip < 0.5, hosts.long()
-        source, target, swapped = plan_swap(box, usable, size, hosts[:, 0], wanted, jitter)
+        source, target, swapped = plan_swap(box, usable, size, hosts[:, 0], wanted, sides)
         tries = torch.where(swapped[:, None], tries[1], tries[0]).view(b, k, 2, 2)
         frame = aware_box(tries, x[:, 3:] > 0, source, target, dtype) if aware else tries[:, 0]
         shown = x[torch.where(swapped, hosts[:, 0], hosts[:, 1])]
@@ -283,7 +283,7 @@ def make_views(batch, found, u, orders, crop_area, image_size, blur, swap_prob, 
                                       for a, f in enumerate((mirrored, frame[:, :, 1])))
             pasted = swapped[r, None, None, None] & at_y[:, None, :, None] & at_x[:, None, None]
             view[r] = torch.where(pasted, resample(x[r].to(dtype), wy, wx / 255).clamp(0, 1), view[r])
-        seen = photometry(view[:, :3], photo, order, sigma=(0.1, blur), **recipe)  # of the image alone
+        seen = photometry(view[:, :3], photo, order, jitter=jitter, sigma=(0.1, blur), **recipe)  # of the image alone
         made.append((seen.contiguous(memory_format=torch.channels_last), view[:, 3:], swapped))
     return [list(part) for part in zip(*made)]
 
@@ -455,7 +455,7 @@ def draw(model, teacher, images, indices, path, size, masks="boundary", show=8):
     batch = next(sequential(images, indices, batch_size=show, workers=0, device=weight.device))
     found, u = find_masks(batch, masks, weight.dtype), uniforms(0, 0, len(indices), sum(COLUMNS))
     u[:, -2 * PHOTO_COLUMNS:] = 1  # no photometry
-    views, masks, _ = make_views(batch, found, u, [range(4)] * 2, (0.2, 1.0), size, 2.0, 1.0, True, weight.dtype)
+    views, masks, _ = make_views(batch, found, u, [range(4)] * 2, (0.2, 1.0), size, [0] * 4, 2, 1, True, weight.dtype)
     model.eval(), teacher.eval()
     seen = [(model.student(view), teacher(view)) for view in views]
     canvas = F.interpolate(batch.canvas / 255, size=size, mode="bilinear").mul(255).byte().cpu()
@@ -554,8 +554,8 @@ def train(args):
         u = uniforms(args.seed, step, args.batch_size, sum(COLUMNS))[mine]
         orders = [jitter_order(args.seed, step, view) for view in (0, 1)]
         found = find_masks(batch, args.masks, dtype)
-        views, masks, swapped = make_views(batch, found, u, orders, args.crop_area, args.image_size, args.blur,
-                                           args.swap_prob, args.mask_crop == "on", dtype)
+        views, masks, swapped = make_views(batch, found, u, orders, args.crop_area, args.image_size, args.jitter,
+                                           args.blur, args.swap_prob, args.mask_crop == "on", dtype)
         measure = step + 1 in (1, total) or (step + 1) % args.log_every == 0
         ema_update(teacher, model.student, momentum)
         with torch.autocast(device.type, half, enabled=half is not None):

@@ -282,7 +282,7 @@ def gauges(s, pairs, weights, candidates, mask):
         found[f"on_object_{name}"] = 100 * ((value > 0) & (value < 255)).double().mean()
     return found
 
-def make_views(batch, u, orders, pairs, crop_area, image_size, crop_size, blur, device, dtype):
+def make_views(batch, u, orders, pairs, crop_area, image_size, crop_size, jitter, blur, device, dtype):
     """Two random views and the crops of `pairs` (B 2K 4, on the device). batch: common.Batch; u: this process's rows of
     the uniforms, split by `columns`; orders: of the colour operations in v_1, v_2, c_1 .. c_K, c'_1 .. c'_K.
     -> views: two B 3 H W; crops: 2KB 3 s s, c_1 of all images first; normalised"""
@@ -291,8 +291,8 @@ def make_views(batch, u, orders, pairs, crop_area, image_size, crop_size, blur, 
     boxes, flips = [*packed[:, :8].split(4, 1), *pairs.unbind(1)], packed[:, 8:].bool().unbind(1)
     sizes, first, second = [image_size] * 2 + [crop_size] * 2 * k, {"p_blur": 1.0}, {"p_blur": 0.1, "p_solarize": 0.2}
     recipes = [first, second, *[first] * k, *[second] * k]  # BYOL's two sides, for crops as for views
-    x = [photometry(crop(batch.canvas, box, size, flip, dtype=dtype), v, order, sigma=(0.1, blur), **recipe)
-         for box, size, flip, v, order, recipe in zip(boxes, sizes, flips, u[3:], orders, recipes)]
+    x = [photometry(crop(batch.canvas, box, size, flip, dtype=dtype), v, order, jitter=jitter, sigma=(0.1, blur), **r)
+         for box, size, flip, v, order, r in zip(boxes, sizes, flips, u[3:], orders, recipes)]
     x = [v.contiguous(memory_format=torch.channels_last) for v in (x[0], x[1], torch.cat(x[2:]))]
     return x[:2], x[2]
 
@@ -550,8 +550,8 @@ def train(args):
         with torch.autocast(device.type, half, enabled=half is not None):
             s = saliency_map(teacher.encoder, batch.canvas, args.image_size, kind, batch.mask)
         seen = s, *salient_pairs(s, u[-3:], batch.size, args.crops, **options), batch.mask
-        views, crops = make_views(batch, u, orders, seen[1], args.crop_area, args.image_size, args.crop_size, args.blur,
-                                  device, dtype)
+        views, crops = make_views(batch, u, orders, seen[1], args.crop_area, args.image_size, args.crop_size,
+                                  args.jitter, args.blur, device, dtype)
         with torch.autocast(device.type, half, enabled=half is not None):
             with torch.no_grad():
                 targets = [teacher(view) for view in views]

@@ -289,7 +289,7 @@ def make_views(batch, u, orders, args, dtype):
     for (size, area, recipe), order, columns in zip(kinds, orders, u.split(VIEW_COLUMNS, 1)):
         where, flip, photo = columns.split((RRC_COLUMNS, 1, PHOTO_COLUMNS), 1)
         view = crop(batch.canvas, random_boxes(where, batch.size, area), size, flip[:, 0] < 0.5, dtype=dtype)
-        views.append(photometry(view, photo, order, sigma=(0.1, args.blur), **recipe))
+        views.append(photometry(view, photo, order, jitter=args.jitter, sigma=(0.1, args.blur), **recipe))
     return [torch.cat(v).contiguous(memory_format=torch.channels_last) for v in (views[:2], views[2:])]
 
 VIEW_COLUMNS = RRC_COLUMNS + 1 + PHOTO_COLUMNS  # of the uniforms: box, flip, photometry

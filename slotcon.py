@@ -66,11 +66,11 @@ from common import (  # isort: skip
 RELEASE = {"arch": "resnet50", "image_size": 224, "canvas": 512, "batch_size": 512, "optimizer": "lars", "lr": 1.0,
            "final_lr": 1e-6, "weight_decay": 1e-5, "warmup_epochs": 5.0, "prototypes": 256, "dim": 256, "hidden": 4096,
            "crop_area": [0.08, 1.0], "momentum": 0.99, "save_every": 1000, "log_every": 50, "knn_every": 10.0}
-PRESETS = {  # [release] scripts/*.sh
+PRESETS = {  # [release] scripts/*.sh; the demo takes hue away, or objects of two hues would make slots of two hues
     "demo": {"arch": "small", "image_size": 64, "canvas": 96, "batch_size": 32, "epochs": 3.0, "optimizer": "adamw",
              "lr": 8e-3, "final_lr": 0.0, "weight_decay": 0.01, "warmup_epochs": 0.3, "prototypes": 12, "dim": 128,
              "hidden": 256, "tau_t": 0.05, "tau_c": 0.1, "crop_area": [0.1, 1.0], "blur": 0.6, "momentum": 0.97,
-             "save_every": 400, "log_every": 50, "knn_every": 1.0},
+             "jitter": [0.4, 0.4, 0.2, 0.5], "save_every": 400, "log_every": 50, "knn_every": 1.0},
     "coco": RELEASE | {"epochs": 800.0},
     "cocoplus": RELEASE | {"epochs": 800.0},  # on train2017 and unlabeled2017, joined by a comma in --data
     "imagenet-100ep": RELEASE | {"epochs": 100.0, "prototypes": 2048, "canvas": 384},
@@ -254,7 +254,7 @@ def gauges(targets, center, tau_t):
     return {"slots_per_image": gather(there.sum(1).double().mean()).mean(), "center_norm": center.norm(),
             "prototypes_used": gather(there.any(0)).any(0).sum(), "teacher_entropy": gather(entropy).mean()}
 
-def make_views(batch, u, orders, crop_area, image_size, blur, device, dtype):
+def make_views(batch, u, orders, crop_area, image_size, jitter, blur, device, dtype):
     """Two views of each image and what they share ([release] data/transforms.py). batch: common.Batch; u: this
     process's rows of the uniforms; orders: of the colour operations, one a view.
     -> views: two B 3 H W, normalised; rectangles: two B 4, in fractions of each view; flips: two B bool"""
@@ -266,7 +266,8 @@ def make_views(batch, u, orders, crop_area, image_size, blur, device, dtype):
     packed = upload(torch.cat([*boxes, *rectangles, *(f[:, None] for f in flips)], 1).to(dtype), device)  # one copy
     boxes, rectangles, flips = packed[:, :8].split(4, 1), packed[:, 8:16].split(4, 1), packed[:, 16:].bool().unbind(1)
     recipes = {"p_blur": 1.0}, {"p_blur": 0.1, "p_solarize": 0.2}  # BYOL's two sides
-    views = [photometry(crop(batch.canvas, box, image_size, flip, dtype=dtype), v, order, sigma=(0.1, blur), **recipe)
+    views = [photometry(crop(batch.canvas, box, image_size, flip, dtype=dtype), v, order,
+                        jitter=jitter, sigma=(0.1, blur), **recipe)
              for box, flip, v, order, recipe in zip(boxes, flips, u[3:], orders, recipes)]
     return [v.contiguous(memory_format=torch.channels_last) for v in views], rectangles, flips
 
@@ -540,7 +541,8 @@ def train(args):
         momentum = schedule(step, teacher_steps, args.momentum, 1.0)
         u = uniforms(args.seed, step, args.batch_size, sum(COLUMNS))[mine]
         orders = [jitter_order(args.seed, step, view) for view in (0, 1)]
-        views, overlaps, flips = make_views(batch, u, orders, args.crop_area, args.image_size, args.blur, device, dtype)
+        views, overlaps, flips = make_views(batch, u, orders, args.crop_area, args.image_size, args.jitter,
+                                            args.blur, device, dtype)
         ema_update(teacher, model.student, momentum)
         with torch.autocast(device.type, half, enabled=half is not None):
             with torch.no_grad():

@@ -84,6 +84,14 @@ def test_the_same_command_again_and_fresh(script, out):
     assert_same_tensors(out, reference(script))
 
 
+@each
+def test_jitter_reaches_the_views(script, out):
+    """Without it the same first images give another loss."""
+    Run(script, flags(script, out, "--jitter", 0, 0, 0, 0, "--steps", 1)).wait()
+    still, usual = read_log(out)[0]["loss"], read_log(reference(script))[0]["loss"]
+    assert abs(still - usual) > 1e-4 * usual
+
+
 # ---- what a run leaves -----------------------------------------------------------------------------------------------
 @each
 def test_files_of_a_run(script):

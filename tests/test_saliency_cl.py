@@ -357,7 +357,7 @@ def test_crops_show_their_boxes():
     u = list(torch.rand(4, sum(cut), generator=g, dtype=torch.float64).split(cut, 1))
     u[3:-3] = [torch.full_like(x, 0.9999) for x in u[3:-3]]
     pairs, _, _ = saliency_cl.salient_pairs(blobs(4), u[-3:], size, K)
-    views, crops = saliency_cl.make_views(batch, u, [[0, 1, 2, 3]] * 8, pairs, (0.2, 1.0), 32, 16, 2.0, "cpu", torch.float64)
+    views, crops = saliency_cl.make_views(batch, u, [[0, 1, 2, 3]] * 8, pairs, (0.2, 1.0), 32, 16, [0.4, 0.4, 0.2, 0.1], 2.0, "cpu", torch.float64)
     assert [tuple(v.shape) for v in (*views, crops)] == [(4, 3, 32, 32)] * 2 + [(2 * K * 4, 3, 16, 16)]
     for k in range(K):
         for b in range(4):
