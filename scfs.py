@@ -65,12 +65,12 @@ RELEASE = {"arch": "resnet50", "image_size": 224, "local_size": 96, "canvas": 38
            "crop_area": [0.25, 1.0], "local_area": [0.05, 0.25], "out_dim": 65536, "hidden": 2048, "dim": 256,
            "tau_t": [0.04, 0.07], "tau_t_epochs": 50, "momentum": 0.996, "freeze_epochs": 1.0, "save_every": 1000,
            "log_every": 50, "knn_every": 10.0}
-PRESETS = {
+PRESETS = {  # the demo ends long before the step at which the release sets the prototypes free, 5,004
     "demo": {"arch": "small", "image_size": 64, "local_size": 32, "canvas": 96, "local_crops": 2, "batch_size": 64,
-             "epochs": 3.0, "optimizer": "adamw", "lr": 8e-3, "final_lr": 0.0, "weight_decay": 0.01,
+             "epochs": 3.0, "optimizer": "adamw", "lr": 3e-3, "final_lr": 0.0, "weight_decay": 0.01,
              "warmup_epochs": 0.3, "crop_area": [0.3, 1.0], "local_area": [0.08, 0.3], "blur": 0.57, "out_dim": 512,
              "hidden": 256, "dim": 64, "head_norm": True, "tau_t": [0.025, 0.025], "tau_t_epochs": 0, "momentum": 0.97,
-             "freeze_epochs": 0.0, "save_every": 200, "log_every": 25, "knn_every": 1.0},
+             "freeze_epochs": 3.0, "save_every": 200, "log_every": 25, "knn_every": 1.0},
     "imagenet-200ep": RELEASE | {"epochs": 200.0},  # [release] README
     "imagenet-800ep": RELEASE | {"epochs": 800.0, "batch_size": 1024},  # choice: all but these two and lr, as 200ep
     "coco": RELEASE | {"epochs": 200.0, "canvas": 512, "lr": 0.3},  # choice: all but batch, epochs, lr, as ImageNet

@@ -68,7 +68,7 @@ RELEASE = {"arch": "resnet50", "image_size": 224, "canvas": 512, "batch_size": 5
            "crop_area": [0.08, 1.0], "momentum": 0.99, "save_every": 1000, "log_every": 50, "knn_every": 10.0}
 PRESETS = {  # [release] scripts/*.sh; the demo takes hue away, or objects of two hues would make slots of two hues
     "demo": {"arch": "small", "image_size": 64, "canvas": 96, "batch_size": 32, "epochs": 3.0, "optimizer": "adamw",
-             "lr": 8e-3, "final_lr": 0.0, "weight_decay": 0.01, "warmup_epochs": 0.3, "prototypes": 12, "dim": 128,
+             "lr": 8e-3, "final_lr": 0.0, "weight_decay": 0.01, "warmup_epochs": 0.3, "prototypes": 16, "dim": 128,
              "hidden": 256, "tau_t": 0.05, "tau_c": 0.1, "crop_area": [0.1, 1.0], "blur": 0.6, "momentum": 0.97,
              "jitter": [0.4, 0.4, 0.2, 0.5], "save_every": 400, "log_every": 50, "knn_every": 1.0},
     "coco": RELEASE | {"epochs": 800.0},
