@@ -11,7 +11,7 @@ pair, and how much each pair's loss counts.
   networks      online f, projector g, predictor q (the student below); target f', g', its moving average (the teacher)
   (1) saliency  A = sum over channels of f'(whole image), h x w; S = (A - min A) / (max A - min A + 1e-6)
   (2) score     s(box) = mean of S inside the box, by an integral image
-  (3) pairs     K of M random boxes, drawn one after another with p ~ exp(s / T), none with IoU > 0.5 to one drawn: c_k;
+  (3) pairs     K of M random boxes, drawn one after another, p ~ exp(s / T), with IoU <= 0.5 if there are: c_k;
                 its partner c'_k is a shifted, rescaled, reshaped copy with IoU > 0.5
   (4) loss      l(u -> v) = 2 - 2 cos(q(g(f(u))), g'(f'(v))), per image; with --loss infonce 2 tau times the
                 cross-entropy of finding g'(f'(v)) among the targets of all images of all processes
@@ -20,11 +20,12 @@ pair, and how much each pair's loss counts.
   (7) total     L = mean over images of L_global + lambda / K sum_k w_k L_k;  no gradient through S, w and the target
   (8) target    xi <- m xi + (1 - m) theta before it runs; parameters only
 
-Choices. (1): the target's map, steadier than the online network's; activation, the simplest; a flat map in the first
-10 % of the steps, when padding makes borders hot. (3): chosen boxes hold about 1.7 times the mean saliency yet reach
-everywhere, or the model would see only what it knows; partners by ORL's rule (NeurIPS 2021), 50 tries for its 200.
-(4) and the recipe: BYOL as in ORL, the closest template. (6): mean 1, so that loss scale and learning rate stay.
-Deviation: crops come from a canvas (the whole image resized once to S x S), not the file; blur is a true Gaussian.
+Choices. (1): the target's map in eval mode, steadier than the online network's; activation, the simplest; flat for 10 %
+of the steps, when padding makes borders hot. (3): chosen boxes hold about twice the mean saliency yet reach everywhere,
+or the model would see only what it knows; partners by ORL's rule (NeurIPS 2021), 50 tries for its 200. (4), the recipe:
+BYOL as in [ORL], its public COCO configuration; one predictor and pass for all crops, it has two. (6): mean 1, so that
+loss scale and learning rate stay. K, crop sizes, lambda, gamma. Where in the code: `# choice:`.
+Deviations: crops come from a canvas (the whole image resized once to S x S), not the file, by bicubic; true Gaussians.
 Small crops help by themselves: the control of every claim is B1, as many at random places with weights 1.
   B1  --saliency none               A1  --no-weight-saliency     C1  --saliency shuffled   another image's map
   A2  --no-crop-saliency            A3  (no flag: the method)    C2  --saliency inverted   C3  --saliency truth  masks
@@ -33,6 +34,7 @@ Small crops help by themselves: the control of every claim is B1, as many at ran
   python saliency_cl.py --data /data/coco/train2017                        one GPU, ORL's COCO recipe, batch 512
   torchrun --nproc_per_node=8 saliency_cl.py --data /data/coco/train2017   eight GPUs: the same batch, the same numbers
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 saliency_cl.py --data ...  two
+At the start L_global and L_crops are near 4 each (infonce: 0.8 ln of the batch).
 """
 import argparse
 import copy
@@ -65,14 +67,13 @@ from common import (  # isort: skip
 
 ORL = {"arch": "resnet50", "image_size": 224, "canvas": 512, "batch_size": 512, "epochs": 800.0, "optimizer": "sgd",
        "lr": 0.2, "weight_decay": 1e-4, "warmup_epochs": 4.0, "dim": 256, "hidden": 4096, "crop_size": 96,
-       "crop_area": [0.08, 1.0], "momentum": 0.99, "save_every": 1000, "log_every": 50, "knn_every": 10.0}
-PRESETS = {  # [ORL]'s public COCO configuration, the closest published recipe
+       "crop_area": [0.08, 1.0], "momentum": 0.99, "save_every": 1000, "log_every": 50, "knn_every": 10.0}  # [ORL]
+PRESETS = {
     "demo": {"arch": "small", "image_size": 64, "canvas": 96, "batch_size": 64, "epochs": 3.0, "optimizer": "adamw",
              "lr": 8e-3, "final_lr": 0.0, "weight_decay": 0.01, "warmup_epochs": 0.3, "dim": 128, "hidden": 512,
              "crop_size": 32, "crop_area": [0.2, 1.0], "blur": 0.6, "momentum": 0.97, "save_every": 200,
              "log_every": 25, "knn_every": 1.0},
-    "coco": ORL,
-    "cocoplus": ORL,  # on train2017 and unlabeled2017, joined by a comma in --data
+    "coco": ORL, "cocoplus": ORL,  # the latter on train2017 and unlabeled2017, joined by a comma in --data
 }
 SALIENCY = ("activation", "agreement", "none", "shuffled", "inverted", "truth")
 
@@ -83,7 +84,7 @@ def parse_args(argv=None):
     g.add_argument("--cache", default="", help="pack the resized images into this file once, then read them from it")
     g.add_argument("--image-size", type=int, help="side of a view in pixels")
     g.add_argument("--canvas", type=int, help="side S of the square each image is resized to; larger: sharper crops")
-    g.add_argument("--crop-area", type=float, nargs=2, metavar=("MIN", "MAX"), help="a view's share of the image")
+    g.add_argument("--crop-area", type=float, nargs=2, metavar=("MIN", "MAX"), help="share of v_1, v_2 in the image")
     g.add_argument("--blur", type=float, default=2.0, help="largest sigma in pixels; 2 is meant for 224-pixel views")
     g.add_argument("--workers", type=int, help="decoding processes beside each process; default its share of the cores")
     g = p.add_argument_group("method")
@@ -91,14 +92,14 @@ def parse_args(argv=None):
     g.add_argument("--arch", choices=ARCHS, help="encoder f")
     g.add_argument("--dim", type=int, help="D, width of projections and predictions")
     g.add_argument("--hidden", type=int, help="hidden width of projector g and predictor q")
-    g.add_argument("--saliency", choices=SALIENCY, default="activation", help="(1); or cosine to the mean; controls")
+    g.add_argument("--saliency", choices=SALIENCY, default="activation", help="(1); agreement: with the mean; controls")
     g.add_argument("--saliency-warmup", type=float, default=0.1, help="share of the steps at the start with a flat map")
-    g.add_argument("--crop-saliency", action=argparse.BooleanOptionalAction, default=True, help="choose boxes by it")
+    g.add_argument("--crop-saliency", action=argparse.BooleanOptionalAction, default=True, help="choose c_k by it")
     g.add_argument("--weight-saliency", action=argparse.BooleanOptionalAction, default=True, help="weigh pairs by it")
     g.add_argument("--crops", type=int, default=2, help="K, pairs of crops an image; a single one always has weight 1")
     g.add_argument("--crop-size", type=int, help="side of such a crop in pixels")
-    g.add_argument("--box-area", type=float, nargs=2, default=[0.05, 0.3], metavar=("MIN", "MAX"), help="their share")
-    g.add_argument("--box-temperature", type=float, default=0.1, help="T in (3); high: random, low: always the peaks")
+    g.add_argument("--box-area", type=float, nargs=2, default=[0.05, 0.3], metavar=("MIN", "MAX"), help="share of c_k")
+    g.add_argument("--box-temperature", type=float, default=0.1, help="T in (3); high: random; 0.05, the least: peaks")
     g.add_argument("--gamma", type=float, default=1.0, help="in (6): how sharply weights follow saliency")
     g.add_argument("--crop-weight", type=float, default=1.0, help="lambda in (7)")
     g.add_argument("--loss", choices=("byol", "infonce"), default="byol", help="(4): without or with negatives")
@@ -106,11 +107,12 @@ def parse_args(argv=None):
     g.add_argument("--momentum", type=float, help="the target's m in (8) at the first step; a cosine takes it to 1")
     training_arguments(p)
     args = parse_preset(p, argv, PRESETS, "coco", "saliency_cl")
-    if min(args.dim, args.hidden, args.crop_size, args.crops, args.temperature) <= 0 or args.box_temperature < 0.05:
-        refuse("--dim, --hidden, --crop-size, --crops and --temperature: above 0; --box-temperature: 0.05 or more")
+    if min(args.dim, args.hidden, args.crop_size, args.crops, args.temperature) <= 0 or (
+            args.box_temperature < 0.05 or max(args.crops, args.gamma) > 50):  # M boxes; 0 ^ gamma without underflow
+        refuse("--dim --hidden --crop-size --temperature above 0; --box-temperature 0.05 or more, --crops --gamma < 51")
     if max(args.momentum, args.saliency_warmup, *args.crop_area, *args.box_area) > 1 or not (
             0 < args.crop_area[0] <= args.crop_area[1] and 0 < args.box_area[0] <= args.box_area[1]):
-        refuse("--momentum and --saliency-warmup lie in 0..1, and so do --crop-area and --box-area MIN MAX")
+        refuse("--momentum and --saliency-warmup lie in 0..1, 0 < MIN <= MAX <= 1 in --crop-area, --box-area")
     return args
 
 # ----------------------------------------------------------------------------------------------------------- the method
@@ -118,7 +120,7 @@ def parse_args(argv=None):
 @torch.no_grad()
 def saliency_map(encoder, canvas, size, kind="activation", mask=None):
     """(1): whole images, canvas B 3 S S uint8, as `encoder`, the target's, sees them at `size` -> B h w float64 in
-    [0, 1], on the canvas's device. mask: B 1 S S, for kind "truth"."""
+    [0, 1], on its device, 32 x 32 of "none" (0) and "truth", which needs mask: B 1 S S. "shuffled": B is 4 n."""
     whole = torch.tensor([[0.0, 0, 1, 1]]).repeat(len(canvas), 1)
     if kind in ("none", "truth"):
         a = ((mask > 0) & (mask < 255)).double() if kind == "truth" else torch.zeros_like(canvas[:, :1]).double()
@@ -161,13 +163,13 @@ def candidate_boxes(u, size, box_area):
 
 def choose(logits, u, boxes, k):
     """(3), Gumbel top-k: the highest of logit - ln(-ln u) is a draw with p ~ exp(logit), the next one a draw from the
-    rest. logits, u: B M; boxes B M 4 -> indices B k. Boxes with IoU > 0.5 to one drawn come last."""
-    score, drawn = logits - (-u.clamp_min(1e-300).log()).log(), []
+    rest. logits, u: B M; boxes B M 4 -> indices B k. Boxes with IoU > 0.5 to one chosen come last."""
+    score, chosen = logits - (-u.clamp_min(1e-300).log()).log(), []
     for _ in range(k):
-        drawn.append(score.argmax(1, keepdim=True))  # B 1
-        score = score - 1e9 * (iou(boxes, boxes.take_along_dim(drawn[-1][..., None], 1)) > 0.5)
-        score = score.scatter(1, drawn[-1], -math.inf)
-    return torch.cat(drawn, 1)
+        chosen.append(score.argmax(1, keepdim=True))  # B 1
+        score = score - 1e9 * (iou(boxes, boxes.take_along_dim(chosen[-1][..., None], 1)) > 0.5)
+        score = score.scatter(1, chosen[-1], -math.inf)
+    return torch.cat(chosen, 1)
 
 def partner_boxes(u, boxes):
     """ORL's rule: the centre moves by -0.5..0.5 of the sides, area and ratio change by 0.5..2 (log-uniform: the ratio),
@@ -264,18 +266,18 @@ class Model(nn.Module):
 @torch.no_grad()
 def gauges(s, pairs, weights, candidates, mask):
     """map_entropy of maps s, B h w, over ln(cells): 1 is flat. map_spread: deviation of centres of mass over images;
-    near 0 all maps are alike, a prior of place. saliency_ratio: mean inside chosen boxes over the image's. on_object_*,
-    with masks: share in % of the centres of chosen boxes, of candidates, and of the maps' peaks that lie on objects."""
+    near 0 all are alike, a prior of place. saliency_ratio: mean in chosen boxes over the image's. on_object_*, with
+    masks: share in % of centres of chosen boxes, of candidates, of peaks (a flat map's: its first cell) on objects."""
     (h, w), k, side = s.shape[1:], weights.shape[1], mask.shape[-1]
     p = (s + 1e-6) / (s + 1e-6).sum((1, 2), keepdim=True)
     y, x = ((torch.arange(n, device=s.device) + 0.5).to(s.dtype) / n for n in (h, w))
     ratio = (box_means(s, pairs[:, :k]).mean(1) + 1e-6) / (s.mean((1, 2)) + 1e-6)
-    found = {"map_entropy": -(p * p.log()).sum((1, 2)).mean() / math.log(h * w), "saliency_ratio": ratio.mean(),
+    found = {"map_entropy": -(p * p.log()).sum((1, 2)).mean() / math.log(max(2, h * w)), "saliency_ratio": ratio.mean(),
              "map_spread": torch.stack([p.sum(1) @ x, p.sum(2) @ y]).std(1, correction=0).mean(),
              "weight_spread": weights.std(correction=0)}
     peak = s.flatten(1).argmax(1, keepdim=True)
-    chosen, drawn = ((box[..., :2] + box[..., 2:]) / 2 for box in (pairs[:, :k], candidates))  # B N 2
-    points = {"chosen": chosen, "random": drawn, "peak": torch.stack([x[peak % w], y[peak // w]], 2)}
+    chosen, random = ((box[..., :2] + box[..., 2:]) / 2 for box in (pairs[:, :k], candidates))  # B N 2
+    points = {"chosen": chosen, "random": random, "peak": torch.stack([x[peak % w], y[peak // w]], 2)}
     for name, point in points.items() if mask.shape[1] else ():
         column, row = (point * side).long().clamp(0, side - 1).unbind(2)
         value = mask.flatten(1).gather(1, row * side + column)
@@ -524,7 +526,7 @@ def train(args):
     def look(step):  # rank 0 looks at both networks; the others wait for it at the next collective
         if rank:
             return {}
-        kind = SALIENCY[args.saliency == "agreement"]  # the model's own map, in runs of the controls, too
+        kind = args.saliency if args.saliency == "agreement" else "activation"  # controls, too: its own map
         found = draw(teacher, split[1], split[2][:256], out / "pictures" / f"saliency-{step:07d}.png", args.image_size,
                      kind, args.crops, **options)
         found = {f"held_out_{name}": value for name, value in found.items()}
@@ -549,8 +551,8 @@ def train(args):
         kind = args.saliency if step >= flat_steps else "none"
         with torch.autocast(device.type, half, enabled=half is not None):
             s = saliency_map(teacher.encoder, batch.canvas, args.image_size, kind, batch.mask)
-        seen = s, *salient_pairs(s, u[-3:], batch.size, args.crops, **options), batch.mask
-        views, crops = make_views(batch, u, orders, seen[1], args.crop_area, args.image_size, args.crop_size,
+        pairs, weights, candidates = salient_pairs(s, u[-3:], batch.size, args.crops, **options)
+        views, crops = make_views(batch, u, orders, pairs, args.crop_area, args.image_size, args.crop_size,
                                   args.jitter, args.blur, device, dtype)
         with torch.autocast(device.type, half, enabled=half is not None):
             with torch.no_grad():
@@ -558,7 +560,7 @@ def train(args):
                 track(teacher, False)  # only whole views make the statistics by which the map is seen
                 crop_targets = teacher(crops)
                 track(teacher, True)
-            losses = run(views, crops, targets, crop_targets, seen[2])
+            losses = run(views, crops, targets, crop_targets, weights)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(losses["loss"]).backward()
         scaler.unscale_(optimizer)
@@ -575,12 +577,11 @@ def train(args):
         if not (looks or saves or step == 1 or step % args.log_every == 0):
             continue
         stop, lost = agree(signals, bad_step, unreadable, len(images))
+        seen = [gather(x).flatten(0, 1) for x in (s, pairs, weights, candidates, batch.mask)]  # of all processes
         z = gather(F.normalize(full(targets[0]), dim=1)).flatten(0, 1)
         values = {"step": step, "epoch": step / epoch, **{k: gather(v.detach()).mean() for k, v in losses.items()},
-                  **{k: gather(v).mean() for k, v in gauges(*seen).items()},
-                  "feature_std": z.std(0).mean() * args.dim ** 0.5,
-                  "lr": lr, "momentum": momentum, "grad_norm": grad_norm, "unreadable": lost,
-                  **log.rates(device)}
+                  **gauges(*seen), "feature_std": z.std(0).mean() * args.dim ** 0.5,  # of targets of v_1; 1: spread out
+                  "lr": lr, "momentum": momentum, "grad_norm": grad_norm, "unreadable": lost, **log.rates(device)}
         log.line(values | (at_start if step == 1 else {}) | (look(step) if looks else {}))
         if values["feature_std"] < 0.1:
             log.say("warning: all images give nearly the same features, a collapse: lower --lr or raise --momentum")

@@ -33,7 +33,6 @@ TINY = ["--preset", "demo", "--batch-size", "16", "--steps", "10", "--precision"
         "--canvas", "48", "--knn-every", "0", "--log-every", "1", "--save-every", "1", "--workers", "0"]
 PATIENCE = 300  # seconds until a run counts as hanging; only a failing test waits so long
 RATES = ("images_per_second", "waiting", "memory_gb")  # what no two runs have in common
-SPREADS = ("map_spread", "weight_spread")  # saliency_cl's deviations over a process's own images, averaged
 
 for name in SCRIPTS:  # in the server: every process forked from it has them
     importlib.import_module(name)
@@ -244,7 +243,7 @@ def assert_same_losses(out, reference, rel=1e-8, steps=None):
     assert steps and set(steps) <= set(found) and set(steps) <= set(wanted)
     for step in steps:
         for name in (name for name in wanted[step] if name.startswith("loss")) if rel > 1e-8 else wanted[step]:
-            if name in RATES or name in SPREADS and rel >= 1e-8:
+            if name in RATES:
                 continue
             a, b = found[step][name], wanted[step][name]
             assert abs(a - b) <= rel * abs(b) + 1e-12, f"step {step}: {name} {a!r}, should be {b!r}"
