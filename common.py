@@ -126,7 +126,6 @@ def object_bank(fine, size=128):
 
 def scenes(indices, size, fine=False):
     """Scenes `indices` (python ints), each decided by its index alone, the same picture at every `size` in pixels.
-
     `fine`: one fish, 12 classes that differ in tail, fin and marking; else one to five objects, mostly of one class.
     Returns images uint8 (n, 3, size, size); masks uint8 (n, 1, size, size), 0 background, 1 + class of the object seen
     there; labels int64 (n,), the class of the largest visible object; boxes float32 (n, 5 or 1, 4), x0 y0 x1 y1 of
@@ -138,10 +137,8 @@ def scenes(indices, size, fine=False):
     n, u = len(indices), hash_uniforms(indices, 64, int(fine))
     gx = ((torch.arange(size) + 0.5) / size).view(1, 1, 1, size)
     gy = gx.transpose(2, 3)
-
     def per_image(values):                  # n or 3 n numbers -> n 1 1 1 or n 3 1 1
         return torch.from_numpy(np.asarray(values, np.float32)).view(n, -1, 1, 1)
-
     def sample(bank, cx, cy, radius, angle, mirror, padding):
         cos, sin = np.cos(angle) / radius, np.sin(angle) / radius
         x, y = gx - per_image(cx), gy - per_image(cy)
@@ -240,22 +237,21 @@ def squeeze(image, side):
     pixels = torch.from_numpy(np.asarray(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
     return tvf.resize(pixels, [side, side], tvf.InterpolationMode.BICUBIC, antialias=True), size
 
-def squeeze_mask(mask, side, trimap=False):
-    """One-channel Pillow image -> uint8 1 side side: in each cell the value at its centre. A mask of 0 and 255 alone is
-    a drawing of the foreground, whose 255 becomes 1; in a trimap 1 is the object, 2 the ground, 3 the edge between."""
+def squeeze_mask(mask, side, trimap=False, drawing=True):
+    """One-channel Pillow image -> uint8 1 side side: in each cell the value at its centre. A drawing is of 0 and 255,
+    the foreground, which becomes 1; else 255 is void. In a trimap 1 is the object, 2 the ground, 3 the edge between."""
     pixels = np.asarray(mask)
     if pixels.ndim != 2 or pixels.max() > 255:
         raise ValueError(f"a mask has one channel of values up to 255, this one is of mode {mask.mode}")
     if trimap:
         pixels = np.array([0, 1, 0, 255])[pixels]
-    elif not ((pixels > 0) & (pixels < 255)).any():
+    elif drawing and not ((pixels > 0) & (pixels < 255)).any():
         pixels = pixels == 255
     rows, columns = (((np.arange(side) + 0.5) * n / side).astype(int) for n in pixels.shape)
     return torch.from_numpy(pixels[rows][:, columns].astype(np.uint8))[None]
 
 class Images(torch.utils.data.Dataset):
     """Canvases of the images of one or several listed sources; a DataLoader gets a `Batch` for a list of indices.
-
     name, canvas (side in pixels), classes (names, empty without), has_masks, fingerprint (sha256 over sorted names and
     sizes, wherever the root lies). Scenes are drawn once, when asked for, into memory that forked workers share. For an
     image that cannot be read the next readable one stands in, and it is reported."""
@@ -274,6 +270,10 @@ class Images(torch.utils.data.Dataset):
         self.fingerprint = hashlib.sha256("".join(source.digest for source in sources).encode()).hexdigest()
         self.record = np.dtype([("canvas", "u1", (3, canvas, canvas)), ("size", "<i8", 2),
                                 ("mask", "u1", (int(self.has_masks), canvas, canvas)), ("label", "<i8")])
+        self.drawings = True                     # a look at 32 masks: one of 0 and 255 alone may have only void
+        for path in self.masks[::len(self.masks) // 32 + 1]:
+            with contextlib.suppress(Exception):
+                self.drawings &= bool(np.isin(np.asarray(Image.open(os.fsdecode(path))), (0, 255)).all())
         if self.source.scene and len(self) * self.record.itemsize <= SCENE_BYTES:
             self.rows = np.frombuffer(mmap.mmap(-1, len(self) * self.record.itemsize), self.record)
             self.rows["label"] = -1              # not drawn yet
@@ -302,7 +302,7 @@ class Images(torch.utils.data.Dataset):
         image = self.source.held[i][0] if self.source.held else Image.open(os.fsdecode(self.files[i]))
         (canvas, size), mask = squeeze(image, self.canvas), torch.empty(0, self.canvas, self.canvas)
         if self.has_masks:
-            mask = squeeze_mask(Image.open(os.fsdecode(self.masks[i])), self.canvas, self.source.trimap)
+            mask = squeeze_mask(Image.open(os.fsdecode(self.masks[i])), self.canvas, self.source.trimap, self.drawings)
         return canvas, torch.tensor(size), mask, self._labels[i]
 
     def __getitems__(self, indices):
@@ -373,8 +373,6 @@ class Images(torch.utils.data.Dataset):
                 for field in self.record.names:
                     rows[field][batch.index] = getattr(batch, field)
                 broken |= {i: why.removeprefix(f"{os.fsdecode(self.files[i])}: ") for i, why in batch.unreadable}
-                if len(broken) > max(5, len(self) // 100):
-                    raise UserError(f"{len(broken)} images cannot be read, remove them: {batch.unreadable[0][1]}")
                 bar.update(len(batch.index))
         line = json.dumps(head | {"unreadable": list(broken.items()), "classes": self.classes}).encode()
         np.memmap(path, np.uint8, "r+")[:len(line)] = np.frombuffer(line, np.uint8)
@@ -409,7 +407,6 @@ def list_folder(root, split, masks):
     def inside(folder):                          # of the images, of their masks
         pair = os.path.join(folder, "images"), os.path.join(folder, "masks")
         return pair if all(map(os.path.isdir, pair)) else (folder, "")
-
     def at(part):                                # root/images/train, root/train/images or root/train
         images, drawn = inside(os.path.join(base, part))
         return images, os.path.join(above, part) if above else drawn
@@ -476,7 +473,6 @@ def list_torchvision(name, root, split):
         return None
     if data is None:
         raise UserError(f"{name} cannot be opened in {root} ({why}): put its files there as torchvision expects them")
-
     def column(types, *attributes):              # the first that has a value of these types for every image
         for items in (getattr(data, attribute, ()) for attribute in attributes):
             items = items.tolist() if hasattr(items, "tolist") else items
@@ -489,6 +485,7 @@ def list_torchvision(name, root, split):
     if name == "INaturalist":                    # listed in the file system's order
         paths = [os.path.join(data.root, data.all_categories[category], file) for category, file in data.index]
     classes = list(map(str, getattr(data, "classes", getattr(data, "all_categories", [])))) if labels else []
+    classes = classes or [str(label) for label in range(1 + max(labels or [-1]))]
     labels = labels or [-1] * len(data)
     if paths is None:
         names = [f"{name} {value} {i}" for i in range(len(data))]
@@ -500,7 +497,6 @@ def list_torchvision(name, root, split):
 
 def open_images(spec, canvas, split="train", masks="", cache=""):
     """Images of `--data` as canvases of `canvas` pixels; None where there is no such split ("train" or "val").
-
     spec: "" or "scenes[:N]" or "scenes-fine[:N]" (val: 1,000 scenes from index 2**31); a folder with class sub-folders,
     with or without train/ and val/ above them, or with images lying in it (labels -1); images/ and masks/ below any of
     these; CUB-200-2011's layout; "Name:root" for a data set class of torchvision on the disk; several joined by a comma
@@ -548,7 +544,7 @@ def fetch(images, order, workers, device, timeout=0):
     of their own. Workers are forked, so that they share scenes, labels and maps, and ignore the signals that the loop
     answers. Tensors come by file descriptor: named files in /dev/shm would outlive a killed run."""
     cuda, handler = torch.device(device).type == "cuda", signal.getsignal(signal.SIGCHLD)
-    ignored = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    ignored, named = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), set()
     loader = iter(torch.utils.data.DataLoader(
         images, batch_sampler=order, collate_fn=lambda batch: batch, num_workers=workers, pin_memory=cuda,
         worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in ignored], timeout=timeout if workers else 0,
@@ -556,17 +552,18 @@ def fetch(images, order, workers, device, timeout=0):
         generator=torch.Generator()))            # its own: the global one stays as it is, whatever the workers
     if workers:                                  # torch's handler would raise anywhere in the loop; `next` raises, too
         signal.signal(signal.SIGCHLD, handler)
-
     def arriving():
         try:
-            yield from loader
+            for batch in loader:
+                for index, why in batch.unreadable:
+                    None if index in named else tqdm.write(f"unreadable, the next stands in: {why}", file=sys.stderr)
+                    named.add(index)
+                yield batch
         except (RuntimeError, EOFError, OSError) as error:           # the last two: what a dead worker sent is lost
             if isinstance(error, RuntimeError) and not re.search(r"DataLoader (worker \(pid|timed out)", str(error)):
                 raise
-            death = UserError(f"a data worker died or hangs ({' '.join(str(error).split()) or 'its batch is lost'}): "
-                              "start again, with fewer --workers or more memory if it returns")
-            death.local = True                   # no other process knows: this one has to speak
-            raise death from error
+            refuse(f"a data worker died or hangs ({' '.join(str(error).split()) or 'its batch is lost'}): start again, "
+                   "with fewer --workers or more memory if it returns", local=True)
     if not cuda:
         yield from arriving()
         return
@@ -590,24 +587,22 @@ def batches(images, *, batch_size, seed, start, stop, rank=0, world=1, workers=0
     steps, rows = len(images) // batch_size, batch_size // world
     if batch_size % world or not steps:
         raise UserError(f"set a --batch-size up to the {len(images)} images and a multiple of the {world} processes")
-
     def order():
         for epoch, group in itertools.groupby(range(start, stop), lambda step: step // steps):
             permutation = torch.randperm(len(images), generator=seeded(seed, 1, epoch))
             for step in group:
                 yield permutation[step % steps * batch_size + rank * rows:][:rows].tolist()
-    named = set()
-    for batch in fetch(images, order(), workers, device, timeout):
-        for index, why in batch.unreadable:
-            if index not in named:
-                tqdm.write(f"unreadable, the next image stands in: {why}", file=sys.stderr)
-            named.add(index)
-        yield batch
+    yield from fetch(images, order(), workers, device, timeout)
 
 def sequential(images, indices, *, batch_size, workers, device):
-    """The images of `indices` in this order, for evaluation; the last batch may be short."""
-    indices = [int(i) for i in indices]
-    return fetch(images, [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)], workers, device)
+    """The images of `indices` in this order, for evaluation; the last batch may be short. UserError when more than 5
+    and more than 1 % of all images turn out unreadable; until then the next readable one stands in for each."""
+    order, lost = [[int(j) for j in indices[i:i + batch_size]] for i in range(0, len(indices), batch_size)], {}
+    for batch in fetch(images, order, workers, device):
+        lost |= dict(batch.unreadable)
+        if len(lost) > max(5, len(images) // 100):
+            refuse(f"{len(lost)} of {len(images)} images cannot be read, mend them: {min(lost.values())}", local=True)
+        yield batch
 
 # ---- views: boxes, crops, flips, photometry -------------------------------------------------------------------------
 def uniforms(seed, step, rows, columns, stream=0):
@@ -705,8 +700,7 @@ def random_boxes(u, size, scale, ratio=(3 / 4, 4 / 3)):
 
 def random_boxes_overlapping(u, size, scale, other, ratio=(3 / 4, 4 / 3), least=0.01):
     """random_boxes that share with `other` (B 4, fractions) at least `least` of the area aimed at [SlotCon's release,
-    data/transforms.py]. Both tests share the ten tries of u's columns 0-39; where all fail, columns 40-79 give a box
-    without the rule. u: B 80."""
+    data/transforms.py]: the first of ten tries, columns 0-39 of u (B 80), else a box without the rule, of the rest."""
     (boxes, target, fits), whole = _tries(u[:, :RRC_COLUMNS], size, scale, ratio), size.double().flip(1).repeat(1, 2)
     other = (other * whole)[:, None]                                                         # whole: w h w h; pixels
     sides = (torch.minimum(boxes[..., 2:], other[..., 2:]) - torch.maximum(boxes[..., :2], other[..., :2])).clamp(0)
@@ -991,15 +985,18 @@ def knn(bank, bank_labels, queries, *, k=20, temperature=0.07, classes, device=N
             best[i] = key.topk(min(max(ks), key.shape[1])).values  # nearest first
     for i, key in enumerate(best):
         row = -key % 2**32
-        weight, label = ((key + row).double() / 2**62 / temperature).exp(), bank_labels.to(device)[row]
+        cosine, label = (key + row).double() / 2**62, bank_labels.to(device)[row]
+        weight = ((cosine - cosine[:, :1]) / temperature).exp()  # of the nearest 1: no temperature is too low
         votes = [weight.new_zeros(len(key), classes).scatter_add_(1, label[:, :n], weight[:, :n]) for n in ks]
         best[i] = torch.stack([v.argmax(1) for v in votes]).cpu()
     best = torch.cat(best, 1)  # K N
     return best[0] if isinstance(k, int) else best
 
-def refuse(message):
-    """Raises UserError: for the end of a line of checks."""
-    raise UserError(message)
+def refuse(message, local=False):
+    """Raises UserError: for the end of a line of checks. local: no other process knows, this one has to speak."""
+    error = UserError(message)
+    error.local = local
+    raise error
 
 # ---- masks of the salient object, and the geometry of a paste (cvsa.py)
 def lab(x):
@@ -1039,8 +1036,10 @@ def boundary_masks(canvas, dtype=torch.float32, side=64, ridge=100.0, sigma=0.03
 
 def find_masks(batch, source="boundary", dtype=torch.float32):
     """-> mask B 1 S S bool, empty if under 1 % or over 90 % of the image; box B 2 2 around it, in fractions (low and
-    high ends, x y), the whole without a mask; usable B bool."""
+    high ends, x y), the whole without a mask; usable B bool. source: boundary, truth, or the folder of batch.mask."""
     mask = boundary_masks(batch.canvas, dtype) if source == "boundary" else (batch.mask > 0) & (batch.mask < 255)
+    if source not in ("boundary", "truth"):  # grey, as detectors write it: above the middle; else numbers, 255 void
+        mask = torch.where((mask & (batch.mask > 127)).amax((1, 2, 3), keepdim=True), batch.mask > 127, mask)
     share = mask.double().mean((1, 2, 3))
     usable, box = (share >= 0.01) & (share <= 0.9), []
     for axis in (2, 3):

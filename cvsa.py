@@ -2,12 +2,12 @@
 
 Paper: Wu, Li, Zang, Li, "Exploring Localization for Self-supervised Fine-grained Contrastive Learning", BMVC 2022
 (arXiv 2106.15788). It publishes two ingredients on top of BYOL and their gains; no code is known. So this implements
-the two ingredients; what they leave open is a choice, marked `# choice:` where it stands and listed below. Compare
+the two ingredients; what they leave open is a choice, listed below and marked `choice` where it stands. Compare
 gains over plain BYOL of the same recipe (`--swap-prob 0 --align-weight 0`), not absolute values, with the paper's.
 
 The idea. Contrastive learning remembers background and texture and does not know where the object is; telling birds
-apart takes both. (a) Views that show the salient object of an image before another image's background, so that the
-object is all that they share. (b) A loss by which the network finds, in one view, the object seen in the other.
+apart takes both. (a) Views that show the salient object of an image before another image's background, so that
+little but the object is shared. (b) A loss by which the network finds, in one view, the object seen in the other.
 
   masks        m: the object, from image-boundary contrast (Zhang et al., MB+, ICCV 2015), from files, or the data's own
   (1) swap     view = crop(host, the region of its object covered by the region of this image's object), m moves along;
@@ -19,20 +19,20 @@ object is all that they share. (b) A loss by which the network finds, in one vie
   (5) align    L_align = (H(m_1 / sum m_1, P_1|2) + H(m_2 / sum m_2, P_2|1)) / (2 ln N), cross-entropies over N cells,
                mean over images with a mask in both views. `--align pooled`: 2 - 2 cos(p(mean of d(F_v) under m_v), k_u)
   (6) total    L = L_ssl + lambda L_align
-  (7) teacher  xi <- m xi + (1 - m) theta before it runs; parameters only (BYOL's target; student: the online network)
+  (7) teacher  xi <- mu xi + (1 - mu) theta before it runs; parameters only (BYOL's target; student: the online network)
 
 Choices. Detector: 64 x 64 pixels, ridge, Otsu; under 1 % or over 90 % is no mask: such an image is a plain sample
 and a host. Box: percentiles, padded. Paste: hard edges, the object's aspect in original pixels, covers the host's box,
 skipped if enlarged over 3 times or outside 8-85 % of the host; p is 0.5, lest the edges become a shortcut. Crops: the
-first of ten with 20 % of the object. Masks at the cells are soft, as their borders cut cells. Heads d and p: BYOL's
-two layers, cell by cell. tau 0.1: a few cells may win, not one. lambda 1: its gradient starts at 0.2-0.5 of BYOL's.
+first of ten with 20 % of the object, or the whole host. Masks at the cells are soft, as borders cut cells. Heads d, p:
+BYOL's two layers, cell by cell. tau 0.1: a few cells may win. lambda 1: its gradient starts at 0.2-0.5 of BYOL's.
 Deviations: crops come from a canvas (the whole image resized once to S x S), not the file; blur is a true Gaussian.
 
   python cvsa.py                                                  no data: embedded scenes-fine, minutes; see runs/
   python cvsa.py --data /data/CUB_200_2011 --init imagenet.pth    one GPU, batch 256; Cars, Aircraft, NABirds alike
   torchrun --nproc_per_node=8 cvsa.py --data /data/inat2018 --preset inat         eight GPUs, batch 4096
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 cvsa.py --data ...  two nodes
-At the start L_ssl is about 4, L_align 1 (an even look); loss_align_shuffled, another image's key, has to stay above.
+At the start L_ssl is about 4, L_align 1 (pooled: 2); another image's key, loss_align_shuffled: more if objects differ.
 """
 import argparse
 import copy
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("data")
     g.add_argument("--data", default="scenes-fine", help="scenes-fine[:N]: embedded; a folder; Name:root; a,b joins")
     g.add_argument("--cache", default="", help="pack the resized images into this file once, then read them from it")
-    g.add_argument("--masks", default="boundary", help="boundary: from the pixels; a folder of PNGs; truth")
+    g.add_argument("--masks", default="boundary", help="boundary: from pixels; truth; a folder of grey or number PNGs")
     g.add_argument("--image-size", type=int, help="side of a view in pixels")
     g.add_argument("--canvas", type=int, help="side S of the square each image is resized to; larger: sharper crops")
     g.add_argument("--crop-area", type=float, nargs=2, default=[0.2, 1.0], metavar=("MIN", "MAX"), help="of a view")
@@ -96,7 +96,7 @@ def parse_args(argv=None):
     g.add_argument("--align", choices=("attention", "pooled"), default="attention", help="(5): find it, or resemble it")
     g.add_argument("--align-weight", type=float, default=1.0, help="lambda in (6): grad_ratio 0.2-0.5 at the start")
     g.add_argument("--tau", type=float, default=0.1, help="of the look (4); lower: harder")
-    g.add_argument("--momentum", type=float, help="the teacher's m in (7) at the first step; a cosine takes it to 1")
+    g.add_argument("--momentum", type=float, help="the teacher's mu in (7) at the first step; a cosine takes it to 1")
     training_arguments(p)
     args = parse_preset(p, argv, PRESETS, "finegrained", "cvsa")
     if min(args.dim, args.hidden, args.dense_hidden, args.tau) <= 0:
@@ -203,17 +203,16 @@ class Model(nn.Module):
                 loss = loss if self.align == "attention" else distance(z[v].flatten(1), keys[1 - v])
                 ways.append((loss, mass.detach(), shares[v]))
             return [(valid * (a + b) / (2 * n)).sum() for a, b in zip(*ways)]
-        def following(rows):  # of each image, the next of its block of 4
-            return rows.unflatten(0, (-1, 4)).roll(1, 1).flatten(0, 1)
+        other = torch.arange(len(masks[0]), device=masks[0].device).view(-1, 4).roll(1, 1).flatten()  # in a block of 4
         with torch.autocast(student[0].device.type, enabled=False):
             keys = [F.normalize(object_mean(full(e), m), dim=1).detach() for e, m in zip(teacher, masks)]
             shares = [m.mean((1, 2, 3)) for m in masks]
             valid = (shares[0] >= 0.01) & (shares[1] >= 0.01)  # choice: under 1 % of the view is as good as empty
             loss, mass, share = both_ways(keys, valid)
-            with torch.no_grad():
-                shuffled, _, _ = both_ways([following(k) for k in keys], valid & following(valid))
-        return {"loss_align": loss, "loss_align_shuffled": shuffled, "attention_mass": mass, "mask_share": share,
-                "pairs": valid.to(loss.dtype).mean()}
+            with torch.no_grad():  # the same images for both keys
+                own, shuffled = (both_ways(k, valid & valid[other])[0] for k in (keys, [k[other] for k in keys]))
+        return {"loss_align": loss, "loss_align_shuffled": loss.detach() + shuffled - own, "attention_mass": mass,
+                "mask_share": share, "pairs": valid.to(loss.dtype).mean()}
 
 def gauges(targets):
     """Collapse: the deviation of the teacher's unit projections over the batch; 1: spread out, 0: all the same."""
@@ -236,7 +235,7 @@ def plan_swap(box, usable, size, host, wanted, jitter):
     seen = target.clamp(0, 1)
     source = cut[:, :1] + (seen - target[:, :1]) / grown[:, None]
     area = (seen[:, 1] - seen[:, 0]).prod(1)
-    swapped = wanted & usable & (grown.amax(1) <= 3) & (area >= 0.08) & (area <= 0.85)  # grown: on the canvases
+    swapped = wanted & usable & (grown.amax(1) <= 3) & (area >= 0.08) & (area <= 0.85)  # choice; on the canvases
     return *(torch.where(swapped[:, None, None], x, whole) for x in (source, seen)), swapped
 
 def aware_box(tries, mask, source, target, dtype):
@@ -248,7 +247,7 @@ def aware_box(tries, mask, source, target, dtype):
     seen = torch.cat([source[:, None], seen], 1).clamp(s0, s1)[..., None] * n
     x, y = (torch.minimum(i + 1, seen[:, :, 1]) - torch.maximum(i, seen[:, :, 0])).clamp(0).to(dtype).unbind(2)
     mass = ((y @ mask) * x).sum(2)
-    good = mass[:, 1:] >= 0.2 * mass[:, :1]  # all of them without a mask
+    good = mass[:, 1:] >= 0.2 * mass[:, :1]  # choice: 20 %; all of them without a mask
     found = tries.gather(1, good.int().argmax(1)[:, None, None, None].expand(-1, 1, 2, 2))[:, 0]
     return torch.where(good.any(1)[:, None, None], found, torch.arange(2, device=mask.device)[:, None])
 
@@ -287,7 +286,7 @@ def make_views(batch, found, u, orders, crop_area, image_size, jitter, blur, swa
         made.append((seen.contiguous(memory_format=torch.channels_last), view[:, 3:], swapped))
     return [list(part) for part in zip(*made)]
 
-TRIES = 10  # crops drawn at once, each an ordinary RandomResizedCrop; plain BYOL takes the first
+TRIES = 10  # choice; crops drawn at once, each an ordinary RandomResizedCrop; plain BYOL takes the first
 VIEW_COLUMNS = TRIES * RRC_COLUMNS + 4  # of the uniforms: crops; swap?, the cut's sides, flip
 COLUMNS = [2, VIEW_COLUMNS, VIEW_COLUMNS, PHOTO_COLUMNS, PHOTO_COLUMNS]  # hosts, views, photometry
 
@@ -476,7 +475,7 @@ def draw(model, teacher, images, indices, path, size, masks="boundary", show=8):
 
 def object_mass(encoder, images, indices, size):
     """Does the encoder tell the object from the rest? With true masks: object_mass, the share in % of the look (4) of
-    its last map, asked for the object's mean, that is on the object; object_area: an even look's."""
+    its last map, asked for the mean under the mask itself, that is on the object; object_area: an even look's."""
     _, mask, x = center_views(images, indices, size, encoder, lambda out: out[-1])
     if not mask.shape[1]:
         return {}
@@ -490,12 +489,12 @@ def train(args):
     # data and checkpoint: what can go wrong goes wrong before one process waits for another
     folder = "" if args.masks in ("boundary", "truth") else args.masks
     images = open_images(args.data, args.canvas, "train", masks=folder, cache=args.cache)
-    if args.masks != "boundary" and not images.has_masks:
-        refuse(f"--masks {args.masks}: {images.name} has no masks; give boundary or a folder of PNGs")
+    if args.masks != "boundary" and not images.has_masks or folder and not Path(args.data.split(",")[0]).is_dir():
+        refuse(f"--masks {args.masks}: not with {images.name}; boundary always goes, a folder with a folder of images")
     split = knn_split(images, open_images(args.data, args.canvas, "val", cache=args.cache), args.seed)
     epoch, total, stretch = run_length(args, len(images))  # in steps; --steps stretches all that is given in epochs
     warmup, knn_every = int(args.warmup_epochs * epoch * stretch), int(args.knn_every * epoch * stretch)
-    settings = settings_of(args, images)
+    settings = settings_of(args, images) | ({"masks": "folder"} if folder else {})
     out, state = Path(args.out), load_checkpoint(args.out, "cvsa", settings, args.fresh)
 
     # processes, networks, optimiser
@@ -585,8 +584,9 @@ def train(args):
         log.line(values | (at_start if step == 1 else {}) | (look(step) if looks else {}))
         if values["spread"] < 0.1:
             log.say("warning: all projections are the same, BYOL has collapsed: lower --lr or raise --momentum")
-        if step > total / 4 and values.get("loss_align_shuffled", 9.0) - values.get("loss_align", 0.0) < 0.01:
-            log.say("warning: another image's key serves as well, only the place of masks is learned: look at --masks")
+        gap = values.get("loss_align_shuffled", 9.0) - values.get("loss_align", 0.0)
+        if step > total / 4 and gap < 0.01 and values["pairs"] > 0.2:
+            log.say("warning: another image's key serves as well: any object is found, or only the place of masks")
         if rank == 0 and (saves or stop):
             state = {"method": "cvsa", "step": step, "settings": settings, "shape": shape}
             state |= {name: part.state_dict() for name, part in parts.items()}

@@ -8,12 +8,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torchvision.utils import save_image
 
 import common
 import cvsa
 
 from common import (  # isort: skip
-    Batch, backbone, crop, jitter_order, normalize, open_images, photometry, random_boxes, resize_matrix, scenes,
+    Batch, UserError, backbone, crop, jitter_order, normalize, open_images, photometry, random_boxes, resize_matrix, scenes,
     sync_batchnorm, uniforms)
 
 B, D, VIEW = 8, 6, 32  # images, width, pixels: 4 x 4 cells
@@ -78,8 +79,9 @@ def literal(model, teacher, views, masks):
             total["loss_align"] += loss / n / 2
             total["attention_mass"] += mass / n / 2
             total["mask_share"] += masks[v][i].mean() / n / 2
-        for i in both:
-            total["loss_align_shuffled"] += one(v, i, keys[u][following[i]])[0] / len(both) / 2
+        for i in both:  # what the key alone adds: the same images for both keys
+            total["loss_align_shuffled"] += (one(v, i, keys[u][following[i]])[0] - one(v, i, keys[u][i])[0]) / len(both) / 2
+    total["loss_align_shuffled"] += total["loss_align"].detach()
     return total | {"loss": total["loss_ssl"] + 0.7 * total["loss_align"], "pairs": n / b}
 
 @pytest.mark.parametrize("align", ["attention", "pooled"])
@@ -260,6 +262,25 @@ def test_lab_and_otsu():
             return len(low) * len(high) * (low.mean() - high.mean()) ** 2 if len(low) * len(high) else torch.tensor(0.0)
         best = max(spread(k / 64) for k in range(1, 64))
         assert spread(cut.item()) == pytest.approx(best.item(), rel=5e-3)
+
+def test_masks_of_a_folder_may_be_grey_or_numbered():
+    """Grey ones, as detectors and CUB's annotators make them: above the middle; numbered ones: not 0, not 255, void."""
+    rows = torch.tensor([[0, 0, 0, 51, 128, 204, 255, 255], [2, 2, 0, 0, 127, 126, 0, 9], [0, 0, 0, 1, 1, 1, 255, 255], [0, 0, 0, 1, 1, 1, 1, 0]])
+    want = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 0, 1], [0, 0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 0]])
+    masks = rows.to(torch.uint8)[:, None, None].expand(-1, 1, 8, 8)
+    batch = Batch(None, None, None, masks, None, [])
+    assert torch.equal(cvsa.find_masks(batch, "a/folder")[0][:, 0, 0], want.bool())
+    assert not cvsa.find_masks(batch, "truth")[0][0, 0, 0, 6]  # in the data's own 255 is void
+
+
+def test_a_folder_of_masks_belongs_to_a_folder_of_images(tmp_path):
+    (tmp_path / "images" / "one").mkdir(parents=True)
+    for i in range(8):
+        save_image(torch.rand(3, 8, 8), tmp_path / "images" / "one" / f"{i}.png")
+    for data in ("scenes-fine:16", f"ImageFolder:{tmp_path / 'images'}"):
+        with pytest.raises(UserError, match="folder"):
+            cvsa.train(cvsa.parse_args(["--data", data, "--preset", "demo", "--masks", str(tmp_path), "--out", str(tmp_path / "out")]))
+
 
 def test_boxes_and_rejection():
     """The 2nd to 98th percentile of columns and rows and 10 % on each side; under 1 % and over 90 % are no object."""
