@@ -83,7 +83,7 @@ def parse_args(argv=None):
     p.add_argument("--weights", default="", help="file with a backbone, of any layout; random: none, the control")
     p.add_argument("--arch", choices=ARCHS, help="of --weights random; a file says it itself")
     g = p.add_argument_group("data")
-    g.add_argument("--data", default="", help="nothing or scenes[:N]: embedded scenes; a folder; Name:root; a,b joins")
+    g.add_argument("--data", default="", help="nothing, scenes[-fine][:N]: embedded; a folder; Name:root; a,b joins")
     g.add_argument("--cache", default="", help="pack the resized images into this file once, then read them from it")
     g.add_argument("--masks", default="", help="folder with a PNG for every image, of the same relative name")
     g.add_argument("--label-fraction", type=float, default=1.0, help="finetune: this share, as many of each class")
@@ -187,14 +187,14 @@ def retrieval_scores(x, y, device="cpu", chunk=256):
     % and "queries", those with another image of their label; the rest only stand in the way. Of equal cosines the
     lower row comes first. Runs on `device`, `chunk` queries at a time."""
     x, y, sums = F.normalize(full(x.to(device)), dim=1), y.to(device), torch.zeros(4, dtype=torch.float64)
-    for start in range(0, len(x), chunk):
+    for start in tqdm(range(0, len(x), chunk), "ranking", leave=False, disable=None):
         row = torch.arange(start, min(start + chunk, len(x)), device=device)
         cosine = x[row] @ x.T
         cosine.scatter_(1, row[:, None], -2.0)  # itself comes last, and is cut off
         order = cosine.argsort(dim=1, descending=True, stable=True)[:, :-1]
-        hit = (y[order] == y[row, None]).double()
+        hit = F.pad((y[order] == y[row, None]).double(), (0, 1))  # a column also for a single image
         relevant = hit.sum(1)
-        precision = hit.cumsum(1) / torch.arange(1, len(x), device=device)
+        precision = hit.cumsum(1) / torch.arange(1, len(x) + 1, device=device)
         ap = (precision * hit).sum(1) / relevant.clamp_min(1)
         asks = relevant > 0
         sums += torch.stack([hit[:, 0], hit[:, :5].amax(1), ap, asks.double()])[:, asks].sum(1).cpu()
@@ -322,9 +322,9 @@ def last_maps(run, net, images, rows, desc, whole=False, pick=lambda out: out[-1
     """Test views of images[rows] and what `net`, in eval mode, makes of them, batch by batch: the Batch; view B 3 H W
     in [0, 1]; mask B H W int64, None without; pick(net(normalised view)) in full precision, by default the last map
     B C h w. whole: the squeezed whole image instead of the central crop. desc: the progress bar's title."""
-    args, size = run.args, run.args.image_size
-    loader = sequential(images, rows, batch_size=args.batch_size, workers=args.workers, device=run.device)
-    for batch in tqdm(loader, desc, -(-len(rows) // args.batch_size), leave=False, disable=run.rank > 0 or None):
+    args, size, b = run.args, run.args.image_size, run.args.batch_size // run.world
+    loader = sequential(images, rows, batch_size=b, workers=args.workers, device=run.device)
+    for batch in tqdm(loader, desc, -(-len(rows) // b), leave=False, disable=run.rank > 0 or None):
         box = center_boxes(batch.size, round(size * 256 / 224), size)
         box = box.new_tensor([0, 0, 1, 1]).expand_as(box) if whole else box
         view = crop(batch.canvas, box, size, dtype=run.dtype).contiguous(memory_format=torch.channels_last)
@@ -439,8 +439,8 @@ def train_heads(run, net, data, classes, path):
             logits = module(view.contiguous(memory_format=torch.channels_last))
         logits = [enlarge(x, args.image_size) if dense else x.flatten(1) for x in logits]
         # Averaged over processes this is the mean over the global batch: void pixels differ in number.
-        known = gather((target >= 0).sum()).sum().clamp_min(1) / run.world
-        losses = torch.stack([F.cross_entropy(x, target, ignore_index=-1, reduction="sum") / known for x in logits])
+        n = gather((target >= 0).sum()).sum().clamp_min(1) / run.world
+        losses = torch.stack([F.cross_entropy(x, target, ignore_index=-1, reduction="none").sum() / n for x in logits])
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(losses.sum()).backward()
         for group in optimizer.param_groups:
@@ -457,7 +457,7 @@ def train_heads(run, net, data, classes, path):
         if not saves and step % args.log_every:
             continue
         stop, _ = agree(signals, bad_step, unreadable, len(train))
-        bar.set_postfix(loss=f"{gather(losses.detach()).mean(0).min().item():.4g}")
+        bar.set_postfix(loss=f"{gather(losses.detach()).mean(0).nan_to_num(math.inf).min().item():.4g}")
         if run.rank == 0 and (saves or stop):
             state = {name: part.state_dict() for name, part in parts.items()}
             torch.save(state | {"step": step, "looks": looks}, f"{path}.tmp")
@@ -521,7 +521,7 @@ def count_classes(run, data):
     most = torch.zeros((), dtype=torch.long, device=run.device)
     for images, rows in (data[:2], data[2:]):
         loader = sequential(images, share(rows, run), batch_size=32, workers=run.args.workers, device=run.device)
-        for batch in tqdm(loader, "classes", leave=False, disable=run.rank > 0 or None):
+        for batch in tqdm(loader, "classes", -(-len(rows) // 32 // run.world), leave=False, disable=run.rank or None):
             most = torch.maximum(most, (batch.mask * (batch.mask != 255)).max())
     most = int(gather(most).max())
     return 1 + most if most else refuse("the masks hold nothing but background: they are no segmentation")
@@ -570,10 +570,11 @@ def few_labels(args, images, rows):
         wanted, place = set(Path(args.label_list).read_text().split("\n")) - {""}, {}
         for row in rows if len(images.files) else ():
             parts = os.fsdecode(images.files[row]).split(os.sep)
-            place |= {"/".join(parts[-n:]): row for n in (1, 2)}
-        lost = sorted(wanted - set(place))
+            for name in ("/".join(parts[-n:]) for n in (1, 2)):
+                place[name] = -1 if name in place else row  # a name in several folders is no name
+        lost = sorted(name for name in wanted if place.get(name, -1) < 0)
         if lost or not wanted:
-            refuse(f"{args.label_list}: {len(lost)} of its {len(wanted)} lines name no training image: {lost[:1]}")
+            refuse(f"{args.label_list}: {len(lost)} of its {len(wanted)} lines name no or several images: {lost[:1]}")
         return sorted({place[name] for name in wanted})
     n = int(args.label_fraction * len(rows) / len(images.classes) + 0.5)
     if not n:
@@ -614,7 +615,7 @@ def choose_data(args):
             refuse(f"{len(empty)} of {len(train.classes)} classes have no training image, such as "
                    f"{train.classes[empty[0]]!r}: add some, or remove the class from all splits")
     if min(len(asked), len(rows) if learns else world) < world or not asked:
-        refuse(f"{len(asked)} test images for {world} process(es): start fewer, or add images")
+        refuse(f"{len(rows)} training, {len(asked)} test images for {world} process(es): start fewer, or add images")
     return train, rows, test, asked
 
 def digest(*values):
@@ -675,7 +676,7 @@ def main(args):
     else:
         sides = (data[2:], data[:2])[:1 + (args.protocol == "knn")]
         x, y, *bank = [collect(part, len(rows), run) for images, rows in sides for part in features(
-            net, images, share(rows, run), size=args.image_size, device=device, batch_size=args.batch_size,
+            net, images, share(rows, run), size=args.image_size, device=device, batch_size=args.batch_size // run.world,
             workers=args.workers, precision=run.half, desc=None if run.rank else "features")]
         if bank and run.rank == 0:
             votes = knn(*bank, x, k=args.k, temperature=args.temperature, classes=len(data[0].classes), device=device)

@@ -55,7 +55,7 @@ EPOCHS = {"scenes": 3.0, "scenes-fine": 4.0}  # of 10,000 images, as the demos t
 PROTOCOLS = {  # the column: flags, the measure, the data it is for
     "kNN": ("--protocol knn", "top1_k20", ""),
     "linear": ("--protocol linear", "top1", ""),
-    "1 % labels": ("--protocol finetune --label-fraction 0.01", "top1", ""),
+    "1 % labels": ("--protocol finetune --label-fraction 0.01 --batch-size 32", "top1", ""),
     "10 % labels": ("--protocol finetune --label-fraction 0.1", "top1", ""),
     "segment": ("--protocol segment", "miou", ""),
     "clusters": ("--protocol segment --unsupervised", "miou", ""),

@@ -315,6 +315,9 @@ def test_pairs_of_images_and_masks(tmp_path):
     save(binary, tmp_path / "elsewhere/val/x/0.png")
     images = common.open_images(str(tmp_path / "b"), 20, "val", masks=str(tmp_path / "elsewhere"))
     assert images.__getitems__([0]).mask.unique().tolist() == [0, 1]       # 0 and 255 alone: 255 is the foreground
+    save(photo(40, 60), tmp_path / "b/val/images/x/1.jpg")
+    save(binary, tmp_path / "b/val/masks/x/1.png")                         # beside a mask with a 3 its 255 is void
+    assert common.open_images(str(tmp_path / "b"), 20, "val").__getitems__([1]).mask.unique().tolist() == [0, 255]
     save(photo(40, 60), tmp_path / "a/images/x/1.jpg")
     with pytest.raises(common.UserError, match=r"1 of 2 masks.*1\.png"):
         common.open_images(str(tmp_path / "a"), SIDE)

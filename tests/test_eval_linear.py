@@ -3,6 +3,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -292,6 +293,9 @@ def test_label_fraction_is_balanced_and_seeded_and_lists_are_kept(folder, tmp_pa
     args.label_list = str(tmp_path / "list.txt")
     assert [os.fsdecode(images.files[i])[-14:] for i in ev.few_labels(args, images, list(range(48)))] == [
         "class0/016.png", "class2/007.png"]
+    (tmp_path / "list.txt").write_text("007.png\n")  # in each class there is one
+    with pytest.raises(UserError, match="no or several"):
+        ev.few_labels(args, images, list(range(48)))
 
 
 class Seer(torch.nn.Module):
@@ -426,9 +430,24 @@ def test_data_that_does_not_fit_is_refused(folder, tmp_path):
     (tmp_path / "list.txt").write_text("class0/nowhere.png\n")
     with pytest.raises(UserError, match="1 of its 1 lines"):
         run(folder, tmp_path / "out", "finetune", "--label-list", tmp_path / "list.txt")
+    with pytest.raises(UserError, match="no two test images"):
+        ev.retrieval_scores(torch.ones(1, 4), torch.zeros(1, dtype=torch.long))
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "none.pth")
     with pytest.raises(UserError, match="no ResNet"):
         run(folder, tmp_path / "out", "linear", "--weights", tmp_path / "none.pth")
+
+
+def test_test_images_that_cannot_be_read_stop_the_evaluation(folder, tmp_path, capsys):
+    """One is named and its neighbour stands in; more than five and 1 % are no measurement."""
+    shutil.copytree(folder, tmp_path / "data")
+    found = sorted((tmp_path / "data" / "images" / "val").rglob("*.png"))
+    found[3].write_bytes(b"x")
+    run(tmp_path / "data", tmp_path / "out", "retrieval")
+    assert found[3].name in capsys.readouterr().err
+    for path in found[:14:2]:
+        path.write_bytes(b"x")
+    with pytest.raises(UserError, match="cannot be read"):
+        run(tmp_path / "data", tmp_path / "out", "retrieval")
 
 
 def test_the_command_ends_in_one_line_and_status_2(tmp_path):

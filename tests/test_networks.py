@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -283,6 +284,13 @@ def test_knn_equals_a_loop_whatever_the_chunks():
     assert torch.equal(common.knn(bank, labels, queries, k=10, classes=5), expected[1])
     warm = common.knn(bank, labels, queries, k=20, classes=5, temperature=5.0)
     assert torch.equal(warm, brute_knn(bank, labels, queries, 20, 5.0, 5)) and not torch.equal(warm, expected[2])
+
+
+def test_knn_at_a_low_temperature_is_the_nearest():
+    g = torch.Generator().manual_seed(3)
+    bank, queries, labels = torch.randn(50, 8, generator=g), torch.randn(9, 8, generator=g), torch.arange(50) % 5
+    nearest = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).argmax(1)
+    assert torch.equal(common.knn(bank, labels, queries, k=20, classes=5, temperature=1e-4), labels[nearest])
 
 
 def test_knn_ties():
