@@ -285,7 +285,7 @@ class Images(torch.utils.data.Dataset):
     def labels(self):
         """int64 n, -1 without. Those of scenes become known by drawing them."""
         if self.source.scene and (self._labels < 0).any():
-            parts = torch.arange(len(self)).split(256)
+            parts = tqdm(torch.arange(len(self)).split(256), "drawing", leave=False, disable=None)
             self._labels = torch.cat([self.__getitems__(part.tolist()).label for part in parts])
         return self._labels
 
@@ -977,7 +977,7 @@ def knn(bank, bank_labels, queries, *, k=20, temperature=0.07, classes, device=N
     device, ks = device or queries.device, [k] if isinstance(k, int) else list(k)
     queries = F.normalize(full(queries.to(device)), dim=1).split(chunk[0])
     best = [torch.empty(len(q), 0, dtype=torch.int64, device=device) for q in queries]
-    for start in range(0, len(bank), chunk[1]):
+    for start in tqdm(range(0, len(bank), chunk[1]), "kNN", leave=False, disable=None):
         rows = F.normalize(full(bank[start:start + chunk[1]].to(device)), dim=1)
         number = torch.arange(start, start + len(rows), device=device)
         for i, q in enumerate(queries):  # one integer: the cosine in steps of 2^-30, below it the row; no two are equal

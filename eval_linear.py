@@ -94,7 +94,7 @@ def parse_args(argv=None):
     g.add_argument("--workers", type=int, help="decoding processes beside each process; default its share of the cores")
     g = p.add_argument_group("method")
     g.add_argument("--preset", choices=PRESETS, help="a recipe: demo without data, else by protocol; any flag beats it")
-    g.add_argument("--lrs", type=float, nargs="+", help="linear, segment: the sweep; rates are x batch / 256")
+    g.add_argument("--lrs", type=float, nargs="+", help="linear, segment: the sweep; x batch / 256; fewer: less memory")
     g.add_argument("--feature-bn", action="store_true", help="batch norm without weights before the heads, as MAE has")
     g.add_argument("--lr", type=float, help="finetune: the backbone's rate, not scaled by the batch")
     g.add_argument("--head-lr", type=float, help="finetune: the head's rate, larger for few labels; not scaled")
@@ -224,7 +224,7 @@ def kmeans(x, k, generator, weight=None, rounds=100, tries=3):
     """Spherical k-means: unit directions k C that make the weighted sum of each row's largest cosine high. x: N C of
     unit length; weight: N, None for all alike. k-means++ starts, `rounds` at most, the best of `tries`."""
     weight, found = torch.ones_like(x[:, 0]) if weight is None else weight.to(x), []
-    for _ in range(tries):
+    for _ in tqdm(range(tries), "k-means", leave=False, disable=None):
         c, chance = x[:0], weight
         while len(c) < k:  # drawn on the CPU, so that devices agree
             edges = chance.double().cumsum(0)
