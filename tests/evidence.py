@@ -152,7 +152,7 @@ def draw_curves(lines, path):
                 points = list(zip(*curves.values()))  # of one epoch, over the seeds
                 values = [[knn for _, knn in point] for point in points]
                 x, mean = [point[0][0] for point in points], [statistics.mean(v) for v in values]
-                axis.plot(x, mean, label=f"{row}, seeds {', '.join(map(str, sorted(curves)))}")
+                axis.plot(x, mean, label=f"{row}, seed{'s' * (len(curves) > 1)} {', '.join(map(str, sorted(curves)))}")
                 if len(curves) > 1:
                     half = [statistics.stdev(v) for v in values]
                     axis.fill_between(x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)], alpha=0.15)
