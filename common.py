@@ -270,7 +270,7 @@ class Images(torch.utils.data.Dataset):
         self.fingerprint = hashlib.sha256("".join(source.digest for source in sources).encode()).hexdigest()
         self.record = np.dtype([("canvas", "u1", (3, canvas, canvas)), ("size", "<i8", 2),
                                 ("mask", "u1", (int(self.has_masks), canvas, canvas)), ("label", "<i8")])
-        self.drawings = True                     # a look at 32 masks: one of 0 and 255 alone may have only void
+        self.drawings, self.named = True, set()  # of 32 masks, as one of 0 and 255 may hold only void; named: reported
         for path in self.masks[::len(self.masks) // 32 + 1]:
             with contextlib.suppress(Exception):
                 self.drawings &= bool(np.isin(np.asarray(Image.open(os.fsdecode(path))), (0, 255)).all())
@@ -544,7 +544,7 @@ def fetch(images, order, workers, device, timeout=0):
     of their own. Workers are forked, so that they share scenes, labels and maps, and ignore the signals that the loop
     answers. Tensors come by file descriptor: named files in /dev/shm would outlive a killed run."""
     cuda, handler = torch.device(device).type == "cuda", signal.getsignal(signal.SIGCHLD)
-    ignored, named = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), set()
+    ignored, named = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), getattr(images, "dataset", images).named
     loader = iter(torch.utils.data.DataLoader(
         images, batch_sampler=order, collate_fn=lambda batch: batch, num_workers=workers, pin_memory=cuda,
         worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in ignored], timeout=timeout if workers else 0,
