@@ -502,20 +502,20 @@ def open_images(spec, canvas, split="train", masks="", cache=""):
     these; CUB-200-2011's layout; "Name:root" for a data set class of torchvision on the disk; several joined by a comma
     (labels stay where the classes are the same). masks: a folder with a PNG for every image, of the same relative name.
     cache: a file to pack the canvases into (`Images.pack`; val goes to its own). Raises UserError."""
-    sources, scene = [], re.fullmatch(r"|(scenes|scenes-fine)(?::(\d+))?", spec)
+    sources, scene = [], None if masks else re.fullmatch(r"|(scenes|scenes-fine)(?::(\d+))?", spec)
     if scene:
-        first, n = (0, int(scene[2] or 10_000)) if split == "train" else (2 ** 31, 1000)
+        fine, (first, n) = "fine" in spec, (0, int(scene[2] or 10_000)) if split == "train" else (2 ** 31, 1000)
         sources = [listed("", [], [-1] * n, [f"scene class {k}" for k in range(SCENE_CLASSES)],
-                          scene=(first, "fine" in spec), digest=f"{scene[1] or 'scenes'} {first} {n} version 1")]
+                          scene=(first, fine), digest=f"{scene[1] or 'scenes'} {first} {n} version {2 - fine}")]
     try:
         for part in [] if scene else spec.split(","):
             tables = [os.path.join(part, f"{t}.txt") for t in ("images", "image_class_labels", "train_test_split")]
             if os.path.isdir(part):
                 sources.append((list_cub if all(map(os.path.isfile, tables)) else list_folder)(part, split, masks))
-            elif named := re.fullmatch(r"([A-Za-z]\w*):(.+)", part):
+            elif not masks and (named := re.fullmatch(r"([A-Za-z]\w*):(.+)", part)):
                 sources.append(list_torchvision(*named.groups(), split))
             else:
-                raise UserError(f"no folder {part!r}: --data takes a folder, scenes[:N], scenes-fine[:N] or Name:root")
+                raise UserError(f"no folder {part!r}: --data takes one; without --masks scenes[-fine][:N] or Name:root")
         sources = [source for source in sources if source]
         images = Images(spec or "scenes", canvas, sources) if sources else None
         if images and cache:
@@ -1038,8 +1038,9 @@ def find_masks(batch, source="boundary", dtype=torch.float32):
     """-> mask B 1 S S bool, empty if under 1 % or over 90 % of the image; box B 2 2 around it, in fractions (low and
     high ends, x y), the whole without a mask; usable B bool. source: boundary, truth, or the folder of batch.mask."""
     mask = boundary_masks(batch.canvas, dtype) if source == "boundary" else (batch.mask > 0) & (batch.mask < 255)
-    if source not in ("boundary", "truth"):  # grey, as detectors write it: above the middle; else numbers, 255 void
-        mask = torch.where((mask & (batch.mask > 127)).amax((1, 2, 3), keepdim=True), batch.mask > 127, mask)
+    if source not in ("boundary", "truth"):  # numbers up to 127 with 255 as void; else grey, as detectors write it
+        low, high = ((mask & part).amax((1, 2, 3), keepdim=True) for part in (batch.mask <= 127, batch.mask > 127))
+        mask = torch.where(low & ~high, mask, batch.mask > 127)
     share = mask.double().mean((1, 2, 3))
     usable, box = (share >= 0.01) & (share <= 0.9), []
     for axis in (2, 3):

@@ -489,8 +489,8 @@ def train(args):
     # data and checkpoint: what can go wrong goes wrong before one process waits for another
     folder = "" if args.masks in ("boundary", "truth") else args.masks
     images = open_images(args.data, args.canvas, "train", masks=folder, cache=args.cache)
-    if args.masks != "boundary" and not images.has_masks or folder and not Path(args.data.split(",")[0]).is_dir():
-        refuse(f"--masks {args.masks}: not with {images.name}; boundary always goes, a folder with a folder of images")
+    if args.masks != "boundary" and not images.has_masks:
+        refuse(f"--masks {args.masks}: {images.name} has no masks; give boundary or a folder of PNGs")
     split = knn_split(images, open_images(args.data, args.canvas, "val", cache=args.cache), args.seed)
     epoch, total, stretch = run_length(args, len(images))  # in steps; --steps stretches all that is given in epochs
     warmup, knn_every = int(args.warmup_epochs * epoch * stretch), int(args.knn_every * epoch * stretch)

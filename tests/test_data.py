@@ -591,6 +591,14 @@ def test_cache_cut_short_or_left_half_written(tmp_path):
         common.open_images(str(root), SIDE, cache=str(cache))
 
 
+def test_labels_without_names_of_classes(tmp_path):
+    """torchvision's GTSRB, SVHN and others have no attribute `classes`: the numbers are the names."""
+    for c in (0, 2):
+        save(photo(24, 24), tmp_path / f"gtsrb/GTSRB/Training/{c:05d}/0.ppm")
+    images = common.open_images(f"GTSRB:{tmp_path}", 16)
+    assert images.classes == ["0", "1"] and images.labels.tolist() == [0, 1]
+
+
 def test_too_many_unreadable_images_stop_the_packing(tmp_path):
     for k in range(20):
         save(photo(seed=k), tmp_path / f"data/{k}.jpg") if k > 6 else None
