@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 SCENE_CLASSES = 12
 # What tells images apart more easily than their objects do is all that a network without labels would learn. So all
-# backgrounds are patchworks of the same five pale materials, each of one texture and hue (dark end, light end), and
-# most objects of an image are of one class, each with its own place, size, turn, shade and contrast.
+# backgrounds are patchworks of the same five pale materials, each of one texture and hue (dark end, light end), the
+# light comes from any side, and an image's objects are of one class, each with its own place, size, turn and shade.
 MATERIALS = np.array([[106, 121, 101, 139, 150, 118], [152, 140, 121, 171, 163, 145], [101, 123, 135, 135, 153, 159],
                       [113, 115, 118, 149, 149, 149], [159, 152, 146, 142, 113, 107]]).reshape(5, 2, 3, 1, 1) / 255
 # Base and light end. In `scenes` the first six classes have one hue, the others another; the fish have the third.
@@ -126,10 +126,10 @@ def object_bank(fine, size=128):
 
 def scenes(indices, size, fine=False):
     """Scenes `indices` (python ints), each decided by its index alone, the same picture at every `size` in pixels.
-    `fine`: one fish, 12 classes that differ in tail, fin and marking; else one to five objects, mostly of one class.
+    `fine`: one fish, 12 classes that differ in tail, fin and marking; else one to five objects of one class.
     Returns images uint8 (n, 3, size, size); masks uint8 (n, 1, size, size), 0 background, 1 + class of the object seen
-    there; labels int64 (n,), the class of the largest visible object; boxes float32 (n, 5 or 1, 4), x0 y0 x1 y1 of
-    each object's visible part in fractions of the side, the labelled object first, NaN if absent or hidden."""
+    there; labels int64 (n,), the class of the objects; boxes float32 (n, 5 or 1, 4), x0 y0 x1 y1 in fractions of the
+    side, of each object's visible part, the main object first, NaN if absent or hidden."""
     if len(indices) > 16:                   # sixteen stay in the cache
         parts = [scenes(indices[i:i + 16], size, fine) for i in range(0, len(indices), 16)]
         return tuple(torch.cat(part) for part in zip(*parts))
@@ -147,34 +147,34 @@ def scenes(indices, size, fine=False):
 
     material, label = (u[0] * len(MATERIALS)).astype(np.int64), (u[1] * SCENE_CLASSES).astype(np.int64)
     image = sample(material_bank()[material], u[2], u[3], 0.8 + 0.4 * u[4], (u[5] - 0.5) * 1.2, 1, "reflection")
-    main_radius = 0.32 + 0.08 * u[6] if fine else 0.26 + 0.16 * u[6]
+    main_radius = (0.32 if fine else 0.24) + (0.08 if fine else 0.12) * u[6]
     margin = main_radius * (0.9 if fine else 0.6)           # the border may cut an object, of a fish the ends
     main_x, main_y = margin + (1 - 2 * margin) * u[7:9]
     order = (0,) if fine else (1, 2, 3, 0, 4)               # slot 0 is the main object, 1 to 3 lie behind it
-    top, kinds = torch.zeros(n, 1, size, size, dtype=torch.uint8), np.zeros((n, 1 + len(order)), np.int64)
+    top = torch.zeros(n, 1, size, size, dtype=torch.uint8)   # which object is seen, 0 none
     for slot in order:
         v = u[14 + slot * 10:24 + slot * 10]
-        x, y, radius, kind, present = main_x, main_y, main_radius, label, np.ones(n)
+        x, y, radius, present = main_x, main_y, main_radius, np.ones(n)
         if slot:
-            radius, present = 0.10 + (0.03 if slot == 4 else 0.07) * v[0], v[1] < 0.7
-            kind = np.where(v[2] < 0.9, label, (v[3] * SCENE_CLASSES).astype(np.int64))
+            radius, present = 0.14 + (0.03 if slot == 4 else 0.08) * v[0], v[1] < 0.85
             x, y = v[4] - main_x, v[5] - main_y             # pushed outwards: objects overlap but seldom hide
             push = np.maximum(1, (main_radius + 0.4 * radius) / np.maximum(np.hypot(x, y), 1e-3))
             x, y = np.clip(main_x + push * x, 0.07, 0.93), np.clip(main_y + push * y, 0.07, 0.93)
         mirror = 1 - 2 * (v[8] < 0.5) if fine else 1
         angle, shade = (v[6] - 0.5) * 0.8, 0.1 * v[7] - 0.05 if fine else 0.3 * v[7] - 0.2
-        field = sample(object_bank(fine)[kind], x, y, radius * REACH, angle, mirror, "border")
+        field = sample(object_bank(fine)[label], x, y, radius * REACH, angle, mirror, "border")
         distance, tone = field.split(1, 1)
-        base, tip = HUES[np.full(n, 2) if fine else kind // 6].unbind(1)
+        base, tip = HUES[np.full(n, 2) if fine else label // 6].unbind(1)
         colour = tone * (tip - base) * per_image(1 - (0.2 if fine else 0.45) * v[9]) + (base + per_image(shade))
         shadow, rim = (1 - distance * 4).clamp_(0, 1), (distance * -7).clamp_(0, 1) * 0.25 + 0.75
         cover = (0.5 - distance * per_image(radius * size)).clamp_(0, 1) * per_image(present)
         image *= 1 - shadow * shadow * per_image(0.3 * present)
         image += colour.mul_(rim).sub_(image).mul_(cover)
         top.masked_fill_(cover > 0.5, slot + 1)
-        kinds[:, slot + 1] = kind + 1
-    image *= per_image(0.88 + 0.24 * u[9])
-    masks = torch.from_numpy(kinds).gather(1, top.view(n, -1).long()).view_as(top).to(torch.uint8)
+    image *= per_image(0.88 + 0.24 * u[9] if fine else 0.5 + 0.8 * u[9])
+    if not fine:                            # light from one side or corner
+        image *= 1 + per_image(0.86 * u[10] - 0.43) * (2 * gx - 1) + per_image(0.86 * u[11] - 0.43) * (2 * gy - 1)
+    masks = torch.where(top > 0, torch.from_numpy(label + 1).view(n, 1, 1, 1), 0).to(torch.uint8)
     seen = (top == torch.arange(1, len(order) + 1).view(-1, 1, 1)).to(torch.uint8)         # n M size size
     ends = [end for line in (seen.amax(2), seen.amax(3)) for end in (line.argmax(2), size - line.flip(2).argmax(2))]
     boxes = torch.stack(ends, 2)[..., [0, 2, 1, 3]] / size

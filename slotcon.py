@@ -70,7 +70,7 @@ PRESETS = {  # [release] scripts/*.sh; the demo takes hue away, or objects of tw
     "demo": {"arch": "small", "image_size": 64, "canvas": 96, "batch_size": 32, "epochs": 3.0, "optimizer": "adamw",
              "lr": 8e-3, "final_lr": 0.0, "weight_decay": 0.01, "warmup_epochs": 0.3, "prototypes": 16, "dim": 128,
              "hidden": 256, "tau_t": 0.05, "tau_c": 0.07, "crop_area": [0.1, 1.0], "blur": 0.6, "momentum": 0.97,
-             "jitter": [0.4, 0.4, 0.2, 0.5], "save_every": 400, "log_every": 50, "knn_every": 1.0},
+             "jitter": [0.6, 0.4, 0.2, 0.5], "save_every": 400, "log_every": 50, "knn_every": 1.0},
     "coco": RELEASE | {"epochs": 800.0},
     "cocoplus": RELEASE | {"epochs": 800.0},  # on train2017 and unlabeled2017, joined by a comma in --data
     "imagenet-100ep": RELEASE | {"epochs": 100.0, "prototypes": 2048, "canvas": 384},

@@ -69,30 +69,23 @@ def test_masks_boxes_and_labels_agree(fine):
         assert all((edge > 0).any() for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
         own = (inside == label + 1).sum().item()
         assert own > 0.035 * size ** 2, "most of the main object is visible"
+    for mask, label in zip(masks, labels.tolist()):
+        assert mask.unique().tolist() == [0, label + 1], "objects of one class, and some background"
+    objects = (~boxes.isnan().any(2)).sum(1)
     if fine:
-        assert boxes.shape[1] == 1 and not boxes.isnan().any()
-        assert torch.equal(masks.flatten(1).amax(1).long(), labels + 1)
-        kinds = [set(mask.unique().tolist()) for mask in masks]
-        assert all(len(kind) == 2 for kind in kinds), "one object, and some background"
-    else:
-        objects = (~boxes.isnan().any(2)).sum(1)
-        assert objects.min() >= 1 and objects.max() == 5 and 3 < objects.float().mean() < 4.2
+        assert boxes.shape[1] == 1 and objects.eq(1).all()
+    else:                                   # the main one, and four that are there in 85 % of the images
+        assert objects.min() >= 1 and objects.max() == 5 and 4.2 < objects.float().mean() < 4.6
 
 
-def test_the_label_is_the_class_of_the_largest_connected_region():
-    n, size = 100, 48
-    _, masks, labels, _ = common.scenes(range(TEST, TEST + n), size)
-    region = torch.arange(1.0, n * size * size + 1).view(n, 1, size, size)
-    apart = [masks == c for c in range(1, common.SCENE_CLASSES + 1)]
-    while True:                             # the largest number spreads over each region of one class
-        spread = sum(F.max_pool2d(region * own, 3, 1, 1) * own for own in apart)
-        if torch.equal(spread, region * (masks > 0)):
-            break
-        region = spread
-    largest = torch.stack([kind[row == row[row > 0].mode().values][0]
-                           for row, kind in zip(spread.flatten(1), masks.flatten(1))])
-    # a small object across the middle may cut the main one in two, or two small ones of a class may touch
-    assert (largest.long() == labels + 1).float().mean() > 0.96
+def test_light_comes_from_every_side():
+    """The backgrounds' brightness over the picture: uneven in each image, even in the mean over the images."""
+    images, masks = common.scenes(range(400), 32)[:2]
+    ground = torch.where(masks == 0, images.float(), torch.nan).mean(1)
+    left, right = (ground[:, :, half].nanmean((1, 2)) for half in (slice(0, 16), slice(16, 32)))
+    ratio = (left / right).log()
+    assert ratio.std() > 0.2 and ratio.mean().abs() < 0.05
+    assert ground.nanmean((1, 2)).std() / ground.nanmean() > 0.15, "some are dark, some are light"
 
 
 def test_the_mask_is_where_the_objects_are():
