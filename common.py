@@ -1219,12 +1219,12 @@ def settings_of(args, images):
     return {k: v for k, v in vars(args).items() if k not in free} | {"images": images.fingerprint}
 
 def run_length(args, n):
-    """Steps an epoch of n images, steps in all, and by how much --steps stretches what is given in epochs (else 1)."""
+    """Steps an epoch of n images, steps in all, stretch of epochs by --steps (else 1): int(epochs * both + 1e-6)."""
     epoch = n // args.batch_size
     if not epoch:
         refuse(f"{n} images do not fill a batch of {args.batch_size}: lower --batch-size")
     total = args.steps or max(1, int(args.epochs * epoch))
-    return epoch, total, total / (args.epochs * epoch)
+    return epoch, total, total / (args.epochs * epoch) if args.steps else 1.0
 
 def heed_signals():
     """-> the list to which SIGTERM, SIGINT and SIGUSR1 append their numbers from now on; they end nothing."""

@@ -493,7 +493,7 @@ def train(args):
         refuse(f"--masks {args.masks}: {images.name} has no masks; give boundary or a folder of PNGs")
     split = knn_split(images, open_images(args.data, args.canvas, "val", cache=args.cache), args.seed)
     epoch, total, stretch = run_length(args, len(images))  # in steps; --steps stretches all that is given in epochs
-    warmup, knn_every = int(args.warmup_epochs * epoch * stretch), int(args.knn_every * epoch * stretch)
+    warmup, knn_every = (int(x * epoch * stretch + 1e-6) for x in (args.warmup_epochs, args.knn_every))
     settings = settings_of(args, images) | ({"masks": "folder"} if folder else {})
     out, state = Path(args.out), load_checkpoint(args.out, "cvsa", settings, args.fresh)
 

@@ -421,7 +421,7 @@ def train_heads(run, net, data, classes, path):
         model.encoder.compile()
     signals, unreadable, bad_step = heed_signals(), {}, torch.zeros((), dtype=torch.long, device=run.device)
     ends = {total - k * epoch for k in range(args.median)}  # of the last epochs
-    drops = [int(e * epoch * stretch) for e in args.drop_epochs]
+    drops = [int(e * epoch * stretch + 1e-6) for e in args.drop_epochs]
     loader = batches(torch.utils.data.Subset(train, rows), batch_size=args.batch_size, seed=args.seed, start=step,
                      stop=total, rank=run.rank, world=run.world, device=run.device, workers=args.workers,
                      timeout=60 * args.timeout_minutes)

@@ -20,8 +20,8 @@ goes through the teacher's head and is what this very crop has to predict. It is
   (7) teacher  xi <- m xi + (1 - m) theta after the step; parameters only: it has its own batch norm, in train mode
 
 Traps of the original, handled here: a checkpoint restores all centres; a batch of one map; the stop at a loss that is
-not finite; all is seeded. Kept, as the published figures come from it: only view 1 is searched (--search-views), the
-gate A is a bare cosine (--gate), each tensor's gradient is clipped on its own.
+not finite; all is seeded. Kept, as the published figures come from it: only view 1 is searched (--search-views), its
+targets have no centre (--search-center), the gate A is a bare cosine (--gate), each tensor's gradient is clipped alone.
 Deviations: crops come from a canvas (the whole image resized once to S x S), not the file; blur is a true Gaussian.
 Controls: --stages '' is DINO; --search off adds (2) alone; --search uniform sets A = 1.
 
@@ -29,7 +29,8 @@ Controls: --stages '' is DINO; --search off adds (2) alone; --search uniform set
   python scfs.py --data /data/imagenet                                 one GPU, the release's 200 epochs, batch 256
   torchrun --nproc_per_node=8 scfs.py --data /data/imagenet            eight GPUs: the same batch, the same numbers
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 scfs.py --data ...   two nodes
-At the start loss_view is near ln O = 11.1 and a stage's terms 4.7 to 5.8; that they rise with tau_t is no divergence.
+At the start loss_view is near ln O = 11.1 and a stage's terms 4.7 to 5.8 (no data: 6.4; 4.5 to 4.8); that they rise
+with tau_t is no divergence.
 """
 import argparse
 import copy
@@ -63,8 +64,8 @@ from common import (  # isort: skip
 RELEASE = {"arch": "resnet50", "image_size": 224, "local_size": 96, "canvas": 384, "local_crops": 8, "batch_size": 256,
            "optimizer": "sgd", "lr": 0.1, "final_lr": 0.0048, "weight_decay": 1e-4, "warmup_epochs": 10.0,
            "crop_area": [0.25, 1.0], "local_area": [0.05, 0.25], "out_dim": 65536, "hidden": 2048, "dim": 256,
-           "tau_t": [0.04, 0.07], "tau_t_epochs": 50, "momentum": 0.996, "freeze_epochs": 1.0, "save_every": 1000,
-           "log_every": 50, "knn_every": 10.0}
+           "head_norm": False, "tau_t": [0.04, 0.07], "tau_t_epochs": 50, "momentum": 0.996, "freeze_epochs": 1.0,
+           "save_every": 1000, "log_every": 50, "knn_every": 10.0}
 PRESETS = {  # the demo ends long before the step at which the release sets the prototypes free, 5,004
     "demo": {"arch": "small", "image_size": 64, "local_size": 32, "canvas": 96, "local_crops": 2, "batch_size": 64,
              "epochs": 3.0, "optimizer": "adamw", "lr": 3e-3, "final_lr": 0.0, "weight_decay": 0.01,
@@ -90,16 +91,17 @@ def parse_args(argv=None):
     g.add_argument("--blur", type=float, default=2.0, help="largest sigma in pixels; 2 is meant for 224-pixel views")
     g.add_argument("--workers", type=int, help="decoding processes beside each process; default its share of the cores")
     g = p.add_argument_group("method")
-    g.add_argument("--preset", choices=PRESETS, help="a recipe: demo without data; any flag beats it")
+    g.add_argument("--preset", choices=PRESETS, help="a recipe: demo, with data imagenet-200ep; any flag beats it")
     g.add_argument("--arch", choices=ARCHS, help="encoder")
     g.add_argument("--stages", default="2,3,4", help="which i in (2) to (5), of 1,2,3,4; '': plain DINO")
     g.add_argument("--search", choices=("on", "off", "uniform"), default="on", help="off: no (4); uniform: A = 1")
     g.add_argument("--search-views", choices=("first", "both"), default="first", help="global views searched in (3)")
+    g.add_argument("--search-center", action="store_true", help="take h_i's centre off the targets of (4), too")
     g.add_argument("--gate", choices=("cosine", "softmax"), default="cosine", help="A; softmax: of cosine / 0.1")
     g.add_argument("--out-dim", type=int, help="O, prototypes of g")
     g.add_argument("--hidden", type=int, help="hidden width of the MLPs in g and h")
     g.add_argument("--dim", type=int, help="D, width before the prototypes of g, in and after the h")
-    g.add_argument("--head-norm", action="store_true", help="batch norm in the MLP of g, for small batches")
+    g.add_argument("--head-norm", action=argparse.BooleanOptionalAction, help="batch norm in the MLP of g")
     g.add_argument("--tau-s", type=float, default=0.1, help="student's temperature")
     g.add_argument("--tau-t", type=float, nargs=2, metavar=("START", "END"), help="teacher's; lower: sharper targets")
     g.add_argument("--tau-t-epochs", type=int, help="epochs from START to END, stepped once an epoch")
@@ -207,11 +209,12 @@ class Model(nn.Module):
     """
 
     def __init__(self, arch="resnet50", stages=(2, 3, 4), search="on", search_views="first", gate="cosine",
-                 out_dim=65536, hidden=2048, dim=256, head_norm=False, tau_s=0.1, center_momentum=0.9):
+                 out_dim=65536, hidden=2048, dim=256, head_norm=False, tau_s=0.1, center_momentum=0.9,
+                 search_center=False):
         super().__init__()
         self.stages, self.searches, self.searched = tuple(stages), search != "off", 1 + (search_views == "both")
         self.gate = "uniform" if search == "uniform" else gate
-        self.tau_s, self.center_momentum = tau_s, center_momentum
+        self.tau_s, self.center_momentum, self.search_center = tau_s, center_momentum, search_center
         self.student = Branch(arch, self.stages, out_dim, hidden, dim, head_norm)
         self.register_buffer("center", torch.zeros(out_dim))
         self.register_buffer("stage_centers", torch.zeros(len(self.stages), dim))
@@ -235,7 +238,8 @@ class Model(nn.Module):
             for n, i in enumerate(self.stages):
                 p = F.softmax((t_codes[n].detach() - self.stage_centers[n]) / tau_t, dim=1)  # 2B D
                 found[f"loss_global{i}"] = cross_entropy(p.roll(b, 0), c_global[n], self.tau_s)
-            for i, code, (y, gate) in zip(self.stages, c_local, searched):
+            for i, code, (y, gate), center in zip(self.stages, c_local, searched, self.stage_centers):
+                y = y - center if self.search_center else y
                 p = F.softmax(y / tau_t, dim=3).mean(0)  # K B D, the mean over the views searched
                 found[f"loss_search{i}"] = cross_entropy(p, code.view_as(p), self.tau_s)
             loss = found["loss_view"] + sum(term for name, term in found.items() if name != "loss_view") / 2
@@ -263,10 +267,10 @@ class Model(nn.Module):
 
 @torch.no_grad()
 def gauges(targets, center, tau_t):
-    """Learning or collapse. information, in nats: what the teacher's output tells of the image, 0 when all get the same
-    one; feature_spread: of its pooled features at length 1, from 0 (all the same) to 1; center_norm: |c|. From
-    Model: teacher_entropy of P_T, at most ln O; kl of P_T and P_S; gate_mean<i> and gate_spread<i>, A's mean and
-    standard deviation over a map's cells (0: the search does nothing)."""
+    """Learning or collapse. information, in nats, at most ln 2B: what the teacher's output tells of the view, 0 when
+    all get the same one (the centre is that after the step); feature_spread: of its pooled features at length 1, from 0
+    (all the same) to 1; center_norm: |c|. From Model, with the centre before: teacher_entropy of P_T, at most ln O, and
+    kl of P_T and P_S; gate_mean<i> and gate_spread<i>, A's mean and deviation over a map's cells (0: no search)."""
     x = gather(F.normalize(full(targets[2][-1]).mean((2, 3)), dim=1)).flatten(0, 1)  # 2B C
     p = gather(F.softmax((targets[0] - center) / tau_t, dim=1)).flatten(0, 1)  # 2B O
     return {"information": torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean(),
@@ -477,8 +481,8 @@ def train(args):
     images = open_images(args.data, args.canvas, "train", cache=args.cache)
     split = knn_split(images, open_images(args.data, args.canvas, "val", cache=args.cache), args.seed)
     epoch, total, stretch = run_length(args, len(images))  # in steps; --steps stretches all that is given in epochs
-    warmup, knn_every = int(args.warmup_epochs * epoch * stretch), int(args.knn_every * epoch * stretch)
-    frozen = int(args.freeze_epochs * epoch * stretch)
+    warmup, knn_every = (int(x * epoch * stretch + 1e-6) for x in (args.warmup_epochs, args.knn_every))
+    frozen = int(args.freeze_epochs * epoch * stretch + 1e-6)
     settings = settings_of(args, images)
     out, state = Path(args.out), load_checkpoint(args.out, "scfs", settings, args.fresh)
 
@@ -535,7 +539,7 @@ def train(args):
         peak_lr = args.lr * args.batch_size / 256
         lr = schedule(step, total, peak_lr, args.final_lr, warmup, reach=warmup - 1)  # both ends included
         momentum = schedule(step, total, args.momentum, 1.0)
-        stage, rise = int(step / (epoch * stretch)), args.tau_t_epochs  # stepped: constant within an epoch
+        stage, rise = int(step / (epoch * stretch) + 1e-6), args.tau_t_epochs  # stepped: constant within an epoch
         tau_t = schedule(stage, rise + 1, args.tau_t[1], args.tau_t[1], rise, args.tau_t[0], rise - 1)
         u = uniforms(args.seed, step, args.batch_size, VIEW_COLUMNS * (2 + args.local_crops))[mine]
         orders = [jitter_order(args.seed, step, view) for view in range(2 + args.local_crops)]

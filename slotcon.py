@@ -478,7 +478,7 @@ def train(args):
     images = open_images(args.data, args.canvas, "train", cache=args.cache)
     split = knn_split(images, open_images(args.data, args.canvas, "val", cache=args.cache), args.seed)
     epoch, total, stretch = run_length(args, len(images))  # in steps; --steps stretches all that is given in epochs
-    warmup, knn_every = int(args.warmup_epochs * epoch * stretch), int(args.knn_every * epoch * stretch)
+    warmup, knn_every = (int(x * epoch * stretch + 1e-6) for x in (args.warmup_epochs, args.knn_every))
     teacher_steps = int(len(images) / args.batch_size * args.epochs * stretch)  # no whole epochs here: as the release
     settings = settings_of(args, images)
     out, state = Path(args.out), load_checkpoint(args.out, "slotcon", settings, args.fresh)

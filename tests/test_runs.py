@@ -1,5 +1,6 @@
 """Whole runs of every method script: one process and several, stopped and gone on with, on real photographs; and the
 rules the scripts keep as texts."""
+import argparse
 import ast
 import importlib
 import json
@@ -28,6 +29,8 @@ from launch import (
     steps_of,
 )
 from PIL import Image
+
+import common
 
 SHARED = {"process", "setup_processes", "gather", "LARS", "make_optimizer", "schedule", "ema_update", "agree",
           "NOT_COMPARED", "save_checkpoint", "load_checkpoint", "Log"}  # one text wherever they stand
@@ -174,6 +177,17 @@ LIFT_OUT = {
         losses = model(views, masks, [teacher(v) for v in views])
         losses["loss"].backward()""",
 }
+
+
+def test_steps_stretch_what_is_given_in_epochs():
+    """Without --steps nothing is stretched, also where half an epoch is cut off; with it, all of the epochs are all steps."""
+    for epochs in (1.5, 2.5, 3.0):
+        args = argparse.Namespace(batch_size=2, epochs=epochs, steps=None)
+        assert common.run_length(args, 11) == (5, int(5 * epochs), 1.0)
+    for steps in range(1, 3000):
+        epoch, total, stretch = common.run_length(argparse.Namespace(batch_size=64, epochs=3.0, steps=steps), 10_000)
+        assert (epoch, total) == (156, steps)
+        assert [int(x * epoch * stretch + 1e-6) for x in (3.0, 1.5, 0.3)] == [steps, steps // 2, steps // 10]
 
 
 @each

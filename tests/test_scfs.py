@@ -103,15 +103,16 @@ def literal(model, teacher, views):
         for j in range(K):
             counts["search"] += 1
             for b in range(B):
-                total += terms(torch.softmax(target[j * B + b] / TAU_T, 0), of(cl[i], j, b)) / B
+                total += terms(torch.softmax((target[j * B + b] - model.search_center * model.stage_centers[n]) / TAU_T, 0), of(cl[i], j, b)) / B
         found[f"loss_search{i}"] = total / K
     found["loss"] = found["loss_view"] + sum((found[f"loss_global{i}"] + found[f"loss_search{i}"]) / 2 for i in STAGES)
     centers = [0.9 * c + 0.1 * z.mean(0) for c, z in zip((model.center, *model.stage_centers), (tg, *tc.values()))]
     return found, centers, counts
 
 
-def test_losses_gradients_and_centers_equal_the_literal_equations():
-    (model, teacher), views = build(), views_of()
+@pytest.mark.parametrize("search_center", [False, True])
+def test_losses_gradients_and_centers_equal_the_literal_equations(search_center):
+    (model, teacher), views = build(search_center=search_center), views_of()
     slow = copy.deepcopy(model)
     want, centers, counts = literal(slow, copy.deepcopy(teacher), views)
     want["loss"].backward()
