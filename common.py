@@ -37,9 +37,8 @@ from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
 SCENE_CLASSES = 12
-# What tells images apart more easily than their objects do is all that a network without labels would learn. So all
-# backgrounds are patchworks of the same five pale materials, each of one texture and hue (dark end, light end), the
-# light comes from any side, and an image's objects are of one class, each with its own place, size, turn and shade.
+# What tells images apart most easily is what is learned. So all grounds are patchworks of the same five pale materials
+# (dark and light end), lit from any side, and an image's objects are of one class, each of its own size and shade.
 MATERIALS = np.array([[106, 121, 101, 139, 150, 118], [152, 140, 121, 171, 163, 145], [101, 123, 135, 135, 153, 159],
                       [113, 115, 118, 149, 149, 149], [159, 152, 146, 142, 113, 107]]).reshape(5, 2, 3, 1, 1) / 255
 # Base and light end. In `scenes` the first six classes have one hue, the others another; the fish have the third.
@@ -70,8 +69,7 @@ def material_bank(size=192):
     grain, cloud = noise(2, width=1, height=1), noise(3, width=24, height=24)
     stones = (np.mgrid[:9, :9].reshape(2, 81) + 0.8 * shades[:2, :81]) / 8.4
     near = np.hypot(y[..., None] - stones[0], x[..., None] - stones[1])
-    first, second = np.sort(near)[..., :2].transpose(2, 0, 1)
-    row = np.floor(y * 10)
+    (first, second), row = np.sort(near)[..., :2].transpose(2, 0, 1), np.floor(y * 10)
     along = x * 5 + row % 2 / 2
     joint = np.minimum(0.5 - np.abs(y * 10 % 1 - 0.5), 1 - 2 * np.abs(along % 1 - 0.5))
     tone = np.stack([
@@ -202,7 +200,7 @@ class Batch(NamedTuple):
     unreadable: list         # [(index, "name: why"), ...] images the next readable one stands in for
 
 def seeded(*numbers):
-    """CPU generator of a tuple of non-negative integers; different tuples give independent streams."""
+    """CPU generator of a tuple of non-negative integers; zeros at its end count for nothing."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 def squeeze(image, side):
@@ -347,10 +345,11 @@ class Images(torch.utils.data.Dataset):
         head = {"version": 1, "images": len(self), "canvas": self.canvas, "masks": self.has_masks,
                 "fingerprint": self.fingerprint, "bytes": HEADER + len(self) * self.record.itemsize}
         if not os.path.exists(path):
-            with open(f"{path}.tmp", "a+b") as file:
+            with open(f"{path}.tmp", "r+b", opener=lambda p, how: os.open(p, how | os.O_CREAT, 0o666)) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)           # the system frees it, too, when its holder dies
                 if not os.path.exists(path):
                     try:
+                        file.truncate(0)         # of one that was killed
                         os.posix_fallocate(file.fileno(), 0, head["bytes"])        # here, not later, a full disk shows
                         self._fill(file.name, head)
                         os.replace(file.name, path)
@@ -418,8 +417,7 @@ def list_folder(root, split, masks):
         return None
     folder, drawn = at(parts[split])
     if masks:                                    # it may have train/ and val/ of its own
-        drawn = os.path.join(masks, parts[split])
-        drawn = drawn if os.path.isdir(drawn) else masks
+        drawn = next(filter(os.path.isdir, [os.path.join(masks, parts[split])]), masks)
     found = sorted(walk(folder))
     if not found:
         raise UserError(f"no images ({' '.join(EXTENSIONS)}) in {folder}, only {sorted(os.listdir(folder))[:5]}")
@@ -532,12 +530,12 @@ def knn_split(train, val, seed=0, bank=20_000, queries=2_000):
         known = known if len(known) else torch.arange(len(images))
         return known[torch.randperm(len(known), generator=seeded(seed, stream))].tolist()
     first = shuffled(train, 2)
-    if val is None or (train.classes and not val.classes):
+    if val is None or not (val.source.scene or {*train.labels.tolist()} & {*val.labels.tolist()}):
         cut = max(1, len(first) // 10)
         val, first, second = train, first[cut:], first[:cut]
     else:
         second = shuffled(val, 3)
-    return sorted(first[:bank]), val, sorted(second[:queries])
+    return first[:bank], val, second[:queries]
 
 def fetch(images, order, workers, device, timeout=0):
     """Batches of `images` for the lists of indices in `order`; on CUDA pinned, and copied one batch ahead on a stream
@@ -592,6 +590,9 @@ def batches(images, *, batch_size, seed, start, stop, rank=0, world=1, workers=0
             permutation = torch.randperm(len(images), generator=seeded(seed, 1, epoch))
             for step in group:
                 yield permutation[step % steps * batch_size + rank * rows:][:rows].tolist()
+    if dist.is_initialized():                    # each has looked for a checkpoint on its own
+        dist.all_gather_object(starts := [start] * world, start)
+        min(starts) == max(starts) or refuse("processes found different checkpoints: put --out where all nodes see it")
     yield from fetch(images, order(), workers, device, timeout)
 
 def sequential(images, indices, *, batch_size, workers, device):
@@ -1083,12 +1084,12 @@ def center_views(images, indices, size, net, pick=lambda out: out, batch_size=12
         m.training = training
     return [torch.cat(part) for part in zip(*found)]
 
-def knn_probe(net, images, split, size, device, half):
+def knn_probe(net, images, split, size, device, half, workers=0):
     """{"knn": accuracy in %}, weighted kNN (k = 20, T = 0.07) on the pooled last map; {} where there are no labels."""
     bank, queries, asked = split
-    if len(images.classes) < 2:
+    if len(images.classes) < 2 or not images.source.scene and len(images.labels.unique()) < 2:
         return {}
-    (x, y), (q, truth) = (features(net, source, rows, size=size, device=device, precision=half)
+    (x, y), (q, truth) = (features(net, source, rows, size=size, device=device, precision=half, workers=workers)
                           for source, rows in ((images, bank), (queries, asked)))
     return {"knn": 100 * (knn(x, y, q, k=20, classes=len(images.classes)) == truth).double().mean().item()}
 
@@ -1102,7 +1103,7 @@ def check_args(args):
         if not all(0 < v < 1e18 if name in above else 0 <= v < 1e18 for v in numbers):
             refuse(f"--{name.replace('_', '-')} {value} must be {'above 0' if name in above else '0 or more'}")
     if args.workers is None:
-        args.workers = max(0, min(8, (os.cpu_count() or 1) // local - 1))
+        args.workers = max(0, min(8, len(os.sched_getaffinity(0)) // local - 1))
     if args.batch_size % (4 * world):
         fit = max(1, round(args.batch_size / (4 * world))) * 4 * world
         refuse(f"--batch-size {args.batch_size} must be a multiple of 4 x {world} process(es): try {fit}")
@@ -1158,7 +1159,7 @@ def training_arguments(parser):
     g.add_argument("--out", default="", help="folder of the run, default runs/SCRIPT-PRESET; a run there goes on")
     g.add_argument("--fresh", action="store_true", help="start over instead")
     g.add_argument("--save-every", type=int, help="steps between checkpoints")
-    g.add_argument("--log-every", type=int, help="steps between log lines; signals are heeded there")
+    g.add_argument("--log-every", type=int, help="steps between log lines; only there signals are heeded")
     g.add_argument("--knn-every", type=float, help="epochs between kNN figures and pictures; 0: at start and end only")
     g.add_argument("--timeout-minutes", type=float, default=30, help="how long a process waits for another")
 
@@ -1175,10 +1176,9 @@ def parse_preset(parser, argv, presets, default, method):
     return args
 
 def rendezvous(minutes):
-    """Where the processes of a torchrun job find each other, as arguments of `init_process_group`. torchrun keeps one
-    store over its --max-restarts, and who reads in it the address of a process that died connects to nobody (pytorch's
-    issues 135712 and 167288). So each process leaves a token made afresh there, rank 0 answers each token with the name
-    of this attempt, and the group's keys begin with that. Raises TimeoutError."""
+    """Arguments of `init_process_group` under torchrun, which keeps one store over its --max-restarts: addresses of the
+    dead in it mislead (pytorch's issues 135712 and 167288). So each process leaves a fresh token there, rank 0 answers
+    it with this attempt's name, and the group's keys begin with that. Raises TimeoutError."""
     limit, rank, world = timedelta(minutes=minutes), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {"timeout": limit}
@@ -1198,19 +1198,19 @@ def rendezvous(minutes):
     return {"timeout": limit, "store": dist.PrefixStore(name, store), "rank": rank, "world_size": world}
 
 def run_script(train, parse_args):
-    """train(parse_args()); a user's mistake becomes one line on stderr, by rank 0 alone, and exit status 2."""
+    """train(parse_args()); a user's mistake becomes one line on stderr, a node, and exit status 2."""
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # DDP's new name for it is unknown to torch 2.11
     try:
         train(parse_args())
+        if dist.is_initialized():
+            dist.destroy_process_group()         # not after an error: NCCL would wait for the others
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "local", False):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "local", isinstance(error, OSError)):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         for worker in torch.multiprocessing.active_children():       # they ignore SIGTERM, with which the interpreter
             worker.kill()                                            # ends them; then it waits: after a crash, for ever
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 def settings_of(args, images):
     """What the numbers of a run hang on, beyond rounding: a checkpoint made with other values of these is refused."""
@@ -1223,7 +1223,7 @@ def run_length(args, n):
     epoch = n // args.batch_size
     if not epoch:
         refuse(f"{n} images do not fill a batch of {args.batch_size}: lower --batch-size")
-    total = args.steps or max(1, int(args.epochs * epoch))
+    total = args.steps or max(1, int(args.epochs * epoch + 1e-6))
     return epoch, total, total / (args.epochs * epoch) if args.steps else 1.0
 
 def heed_signals():

@@ -381,7 +381,7 @@ def save_checkpoint(out, state, net):
 
 def load_checkpoint(out, method, settings, fresh=False):
     """The folder's newest readable checkpoint as a dict, None where there is none. Nothing in it is ever run.
-    fresh: the folder is emptied instead, though not when torchrun restarts a run of its own."""
+    fresh: they and the log are removed, though not when torchrun restarts a run of its own."""
     broken = ""
     if fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         for name in ("checkpoint.pt", "checkpoint.previous.pt", "log.jsonl"):
@@ -534,7 +534,7 @@ def train(args):
         if rank:
             return {}
         draw(model, teacher, images, split[0], out / "pictures" / f"views-{step:07d}.png", args.image_size, args.masks)
-        found = knn_probe(model.student.encoder, images, split, args.image_size, device, half)
+        found = knn_probe(model.student.encoder, images, split, args.image_size, device, half, args.workers)
         return found | object_mass(model.student.encoder, split[1], split[2][:512], args.image_size)
     at_start = {f"{k}_at_start": v for k, v in look(0).items()} if step == 0 else {}
     unreadable, bad_step = {}, torch.zeros((), dtype=torch.long, device=device)

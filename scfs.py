@@ -389,7 +389,7 @@ def save_checkpoint(out, state, net):
 
 def load_checkpoint(out, method, settings, fresh=False):
     """The folder's newest readable checkpoint as a dict, None where there is none. Nothing in it is ever run.
-    fresh: the folder is emptied instead, though not when torchrun restarts a run of its own."""
+    fresh: they and the log are removed, though not when torchrun restarts a run of its own."""
     broken = ""
     if fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         for name in ("checkpoint.pt", "checkpoint.previous.pt", "log.jsonl"):
@@ -524,7 +524,7 @@ def train(args):
             return {}
         path = out / "pictures" / f"search-{step:07d}.png"
         draw(model, teacher, split[1], split[2], path, args.image_size, args.local_size, args.local_area)
-        return knn_probe(teacher.encoder, images, split, args.image_size, device, half)
+        return knn_probe(teacher.encoder, images, split, args.image_size, device, half, args.workers)
     at_start = {f"{k}_at_start": v for k, v in look(0).items()} if step == 0 else {}
     unreadable, bad_step = {}, torch.zeros((), dtype=torch.long, device=device)
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)  # this process's rows

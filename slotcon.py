@@ -364,7 +364,7 @@ def save_checkpoint(out, state, net):
 
 def load_checkpoint(out, method, settings, fresh=False):
     """The folder's newest readable checkpoint as a dict, None where there is none. Nothing in it is ever run.
-    fresh: the folder is emptied instead, though not when torchrun restarts a run of its own."""
+    fresh: they and the log are removed, though not when torchrun restarts a run of its own."""
     broken = ""
     if fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         for name in ("checkpoint.pt", "checkpoint.previous.pt", "log.jsonl"):
@@ -428,23 +428,26 @@ class Log:
 
 # ---------------------------------------------------------------------------------------------------------- what it saw
 
+def argmax_at(scores, size):
+    """The winning slot of each pixel: N K h w -> N size size. An image at a time: K = 2048 at 224 pixels is 0.4 GB."""
+    return torch.cat([F.interpolate(s, size=size, mode="bilinear").argmax(1) for s in scores.split(1)])
+
 def draw(teacher, images, indices, path, size, show=8, carriers=5):
     """Two pictures. `path`: images, with their slots laid over, slots alone; a prototype's colour never changes. Beside
     it, *-prototypes: for the prototypes most used in `indices`, the images that carry them best by mean cosine over the
     cells they win, the rest faded ([release] viz_slots.py). Maps are enlarged before the argmax: smooth outlines."""
     view, _, scores = center_views(images, indices, size, teacher, lambda out: out[1])  # N 3 H W; N K h w
-    k, big = scores.shape[1], F.interpolate(scores, size=size, mode="bilinear").argmax(1)
+    k, n = scores.shape[1], min(show, len(view))
     hue = torch.arange(k) * 0.618034 % 1 * 6  # golden ratio: neighbours in number are far apart in hue
     palette = torch.stack([((hue - n) % 6 - 3).abs().sub(1).clamp(0, 1) for n in (0, 2, 4)], 1) * 0.8 + 0.2  # K 3
-    color = palette.to(view)[big].permute(0, 3, 1, 2)
-    n = min(show, len(view))
-    save_image(torch.cat([view[:n], (0.45 * view + 0.55 * color)[:n], color[:n]]), path, nrow=n)
+    color = palette.to(view)[argmax_at(scores[:n], size)].permute(0, 3, 1, 2)
+    save_image(torch.cat([view[:n], 0.45 * view[:n] + 0.55 * color, color]), path, nrow=n)
     won = F.one_hot(scores.flatten(2).argmax(1), k).transpose(1, 2).to(scores)  # N K P
     carried = ((won * scores.flatten(2)).sum(2) / won.sum(2).clamp_min(1)).masked_fill(won.sum(2) < 2, -1)  # N K
     tiles = []
     for k in won.sum((0, 2)).argsort(descending=True)[:show]:
         best = carried[:, k].argsort(descending=True)[:carriers]
-        tiles.append(torch.where((big[best] == k)[:, None], view[best], 0.25 * view[best] + 0.6))
+        tiles.append(torch.where((argmax_at(scores[best], size) == k)[:, None], view[best], 0.25 * view[best] + 0.6))
     path = Path(path).with_name(f"{Path(path).stem}-prototypes.png")
     save_image(torch.stack(tiles).transpose(0, 1).flatten(0, 1), path, nrow=len(tiles))
 
@@ -467,9 +470,8 @@ def slot_quality(teacher, images, indices, size):
     _, mask, scores = center_views(images, indices, size, teacher, lambda out: out[1])
     won = F.one_hot(scores.flatten(2).argmax(1), scores.shape[1]).double()  # N P K
     share = won.mean(0).var(0, correction=0).sum() / won.flatten(0, 1).var(0, correction=0).sum().clamp_min(1e-12)
-    slot = F.interpolate(scores, size=size, mode="bilinear").argmax(1)
     found = {"position_share": 100 * share.item()}
-    return found | ({"slot_miou": majority_miou(slot, mask[:, 0])} if mask.shape[1] else {})
+    return found | ({"slot_miou": majority_miou(argmax_at(scores, size), mask[:, 0])} if mask.shape[1] else {})
 
 # ------------------------------------------------------------------------------------------------------------- the loop
 
@@ -523,7 +525,7 @@ def train(args):
             return {}
         where = split[1], split[2][:512]
         draw(teacher, *where, out / "pictures" / f"slots-{step:07d}.png", args.image_size)
-        found = knn_probe(teacher.encoder, images, split, args.image_size, device, half)
+        found = knn_probe(teacher.encoder, images, split, args.image_size, device, half, args.workers)
         return found | slot_quality(teacher, *where, args.image_size)
     at_start = {f"{k}_at_start": v for k, v in look(0).items()} if step == 0 else {}
     unreadable, bad_step = {}, torch.zeros((), dtype=torch.long, device=device)

@@ -521,6 +521,24 @@ def test_knn_split(tmp_path):
     assert held is train and len(bank) == 18 and len(queries) == 2 and not set(bank) & set(queries)
 
 
+def test_knn_where_a_layout_misleads(tmp_path):
+    """Tiny-ImageNet's val/ holds one folder of all images: no query of it could ever be right. And folders that are no
+    classes: 100 % whatever the network."""
+    net = common.backbone("small").double()
+    for c in range(2):
+        for k in range(10):
+            save(photo(seed=k), tmp_path / f"tiny/train/n0{c}/{k}.png")
+            save(photo(seed=k), tmp_path / f"coco/images/train2017/{c}{k}.png")
+    save(photo(seed=99), tmp_path / "tiny/val/images/0.png")
+    train, val = (common.open_images(str(tmp_path / "tiny"), SIDE, split) for split in ("train", "val"))
+    split = common.knn_split(train, val)
+    assert split[1] is train and not set(split[0]) & set(split[2])
+    assert 0 <= common.knn_probe(net, train, split, 32, "cpu", None, 1)["knn"] <= 100
+    (tmp_path / "coco/annotations").mkdir()
+    train = common.open_images(str(tmp_path / "coco"), SIDE)
+    assert common.knn_probe(net, train, common.knn_split(train, None), 32, "cpu", None) == {}
+
+
 def test_a_killed_worker_ends_in_a_clear_error(tmp_path):
     images = common.open_images(str(tree(tmp_path)), SIDE)
     stream = common.batches(images, batch_size=2, seed=0, start=0, stop=10 ** 6, workers=1)
@@ -583,7 +601,7 @@ def test_cache_of_other_data_is_refused(tmp_path):
 
 def test_cache_cut_short_or_left_half_written(tmp_path):
     root, cache = tree(tmp_path / "data"), tmp_path / "c"
-    (tmp_path / "c.tmp").write_bytes(b"left by a process that was killed")
+    (tmp_path / "c.tmp").write_bytes(b"left by a process that was killed" * 2 ** 20)  # longer than what is packed now
     expected = all_of(common.open_images(str(root), SIDE))
     assert same(all_of(common.open_images(str(root), SIDE, cache=str(cache))), expected)
     cache.write_bytes(cache.read_bytes()[:-100])

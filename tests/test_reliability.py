@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -149,6 +150,18 @@ def test_restarts_with_1_2_4_processes(script, out):
     go_on(script, out, processes=4)
     assert steps_of(out) == list(range(1, 11))
     assert_same_losses(out, reference(script))
+
+
+def folder_of_its_own():  # in each process: the checkpoint is on a disk that the others do not see
+    sys.argv[sys.argv.index("--out") + 1] += f"/{os.environ['RANK']}"
+
+
+@row("two ranks that find different checkpoints: refused before the first step")
+def test_processes_that_found_different_checkpoints(script, tmp_path):
+    shutil.copytree(reference(script), tmp_path / "1")
+    (tmp_path / "1" / "checkpoint.pt").unlink()  # there is the one before it, which is not finished
+    run = Run(script, flags(script, tmp_path), processes=2, before=folder_of_its_own)
+    assert "--out where all nodes see it" in run.refusal()
 
 
 @row("one of two ranks killed under torchrun --max-restarts: comes back by itself")
