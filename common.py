@@ -524,7 +524,7 @@ def open_images(spec, canvas, split="train", masks="", cache=""):
 
 def knn_split(train, val, seed=0, bank=20_000, queries=2_000):
     """-> bank indices into `train`, the images that hold the queries, query indices into them: a seeded choice of train
-    and val where val is there, else of 90 % and 10 % of train; of the labelled images where there are any."""
+    and val where their labels meet, else of 90 % and 10 % of train; of the labelled images where there are any."""
     def shuffled(images, stream):
         known = [] if images.source.scene else (images.labels >= 0).nonzero().flatten()
         known = known if len(known) else torch.arange(len(images))
@@ -1085,7 +1085,7 @@ def center_views(images, indices, size, net, pick=lambda out: out, batch_size=12
     return [torch.cat(part) for part in zip(*found)]
 
 def knn_probe(net, images, split, size, device, half, workers=0):
-    """{"knn": accuracy in %}, weighted kNN (k = 20, T = 0.07) on the pooled last map; {} where there are no labels."""
+    """{"knn": accuracy in %}, weighted kNN (k = 20, T = 0.07) on the pooled last map; {} where labels are none or one."""
     bank, queries, asked = split
     if len(images.classes) < 2 or not images.source.scene and len(images.labels.unique()) < 2:
         return {}
