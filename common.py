@@ -1085,7 +1085,7 @@ def center_views(images, indices, size, net, pick=lambda out: out, batch_size=12
     return [torch.cat(part) for part in zip(*found)]
 
 def knn_probe(net, images, split, size, device, half, workers=0):
-    """{"knn": accuracy in %}, weighted kNN (k = 20, T = 0.07) on the pooled last map; {} where labels are none or one."""
+    """{"knn": accuracy in %}, weighted kNN (k = 20, T = 0.07) on the pooled last map; {} where no two labels differ."""
     bank, queries, asked = split
     if len(images.classes) < 2 or not images.source.scene and len(images.labels.unique()) < 2:
         return {}
