@@ -535,7 +535,7 @@ def knn_split(train, val, seed=0, bank=20_000, queries=2_000):
         val, first, second = train, first[cut:], first[:cut]
     else:
         second = shuffled(val, 3)
-    return first[:bank], val, second[:queries]
+    return sorted(first[:bank]), val, second[:queries]   # shuffled: pictures show the first of them
 
 def fetch(images, order, workers, device, timeout=0):
     """Batches of `images` for the lists of indices in `order`; on CUDA pinned, and copied one batch ahead on a stream

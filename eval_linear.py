@@ -616,7 +616,7 @@ def choose_data(args):
                    f"{train.classes[empty[0]]!r}: add some, or remove the class from all splits")
     if min(len(asked), len(rows) if learns else world) < world or not asked:
         refuse(f"{len(rows)} training, {len(asked)} test images for {world} process(es): start fewer, or add images")
-    return train, rows, test, asked
+    return train, rows, test, sorted(asked)
 
 def digest(*values):
     """sha256, 16 digits, of tensors and of what JSON can hold."""

@@ -144,7 +144,7 @@ def draw_curves(lines, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     scripts = {"slotcon.py": "SlotCon", "scfs.py": "SCFS", "saliency_cl.py": "saliency", "cvsa.py": "CVSA"}
-    figure, axes = plt.subplots(1, 4, figsize=(16, 4), sharex=True)
+    figure, axes = plt.subplots(1, 4, figsize=(16, 5), sharex=True)
     for axis, (script, title) in zip(axes, scripts.items()):
         for row, (data, own, _) in ROWS.items():
             curves = {line["seed"]: line["knn_curve"] for line in lines if line["row"] == row and line["knn_curve"]}
@@ -161,7 +161,7 @@ def draw_curves(lines, path):
                 for seed, value in start.items():
                     axis.axhline(value, color="grey", linestyle=":", label=f"{row}, seed {seed}")
         axis.set(title=title, xlabel="epochs", ylabel="kNN top-1, %")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below: no curve is hidden
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
