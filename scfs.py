@@ -29,7 +29,7 @@ Controls: --stages '' is DINO; --search off adds (2) alone; --search uniform set
   python scfs.py --data /data/imagenet                                 one GPU, the release's 200 epochs, batch 256
   torchrun --nproc_per_node=8 scfs.py --data /data/imagenet            eight GPUs: the same batch, the same numbers
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 scfs.py --data ...   two nodes
-At the start loss_view is near ln O = 11.1 and a stage's terms 4.7 to 5.8 (no data: 6.4; 4.5 to 4.8); that they rise
+At the start loss_view is near ln O = 11.1 and a stage's terms 4.7 to 5.8 (no data: 6.2; 4.2 to 4.6); that they rise
 with tau_t is no divergence.
 """
 import argparse
