@@ -196,23 +196,23 @@ class Model(nn.Module):
             z = [self.dense_predictor(object_mean(full(d), m)[..., None, None]) for d, m in zip(student, masks)]
         else:
             student = [self.dense_predictor(d) for d in student]
-        def both_ways(keys, valid):  # means over both and the valid rows of all processes
-            n, ways = gather(valid.sum()).sum().clamp_min(1).double() / process()[1], []
-            for v in (0, 1):
-                _, loss, mass = attend(full(student[v]), keys[1 - v], masks[v], self.tau)
-                loss = loss if self.align == "attention" else distance(z[v].flatten(1), keys[1 - v])
-                ways.append((loss, mass.detach(), shares[v]))
-            return [(valid * (a + b) / (2 * n)).sum() for a, b in zip(*ways)]
+        def both_ways(keys, valid, n):  # means over both and all processes' valid rows, on average n a process
+            _, losses, masses = zip(*[attend(full(d), k, m, self.tau) for d, k, m in zip(student, keys[::-1], masks)])
+            if self.align != "attention":
+                losses = [distance(y.flatten(1), k) for y, k in zip(z, keys[::-1])]
+            return [(valid * (a + b) / (2 * n)).sum() for a, b in (losses, masses, shares)]
         other = torch.arange(len(masks[0]), device=masks[0].device).view(-1, 4).roll(1, 1).flatten()  # in a block of 4
         with torch.autocast(student[0].device.type, enabled=False):
             keys = [F.normalize(object_mean(full(e), m), dim=1).detach() for e, m in zip(teacher, masks)]
             shares = [m.mean((1, 2, 3)) for m in masks]
             valid = (shares[0] >= 0.01) & (shares[1] >= 0.01)  # choice: under 1 % of the view is as good as empty
-            loss, mass, share = both_ways(keys, valid)
-            with torch.no_grad():  # the same images for both keys
-                own, shuffled = (both_ways(k, valid & valid[other])[0] for k in (keys, [k[other] for k in keys]))
-        return {"loss_align": loss, "loss_align_shuffled": loss.detach() + shuffled - own, "attention_mass": mass,
-                "mask_share": share, "pairs": valid.to(loss.dtype).mean()}
+            both = valid & valid[other]  # the same images for both keys
+            n, n_both = gather(torch.stack([valid.sum(), both.sum()])).sum(0).clamp_min(1).double() / process()[1]
+            loss, mass, share = both_ways(keys, valid, n)
+            with torch.no_grad():
+                own, shuffled = (both_ways(k, both, n_both)[0] for k in (keys, [k[other] for k in keys]))
+        return {"loss_align": loss, "loss_align_shuffled": loss.detach() + shuffled - own,
+                "attention_mass": mass.detach(), "mask_share": share, "pairs": valid.to(loss.dtype).mean()}
 
 def gauges(targets):
     """Collapse: the deviation of the teacher's unit projections over the batch; 1: spread out, 0: all the same."""

@@ -42,6 +42,8 @@ ROWS = {  # data, script, its flags; in the order of the table
     "saliency, C1: another image's map": ("scenes", "saliency_cl.py", "--saliency shuffled"),
     "saliency, C2: inverted": ("scenes", "saliency_cl.py", "--saliency inverted"),
     "saliency, C3: true masks": ("scenes", "saliency_cl.py", "--saliency truth"),
+    "saliency, BYOL loss": ("scenes", "saliency_cl.py", "--loss byol"),
+    "saliency, BYOL loss, B1": ("scenes", "saliency_cl.py", "--loss byol --saliency none"),
     "random, fine": ("scenes-fine", None, ""),
     "supervised, fine": ("scenes-fine", "eval_linear.py", ""),
     "CVSA": ("scenes-fine", "cvsa.py", ""),

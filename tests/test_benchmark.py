@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
-from benchmark import METHODS, PARTS, Done, command, run_train, write_jpegs
+from benchmark import METHODS, PARTS, Done, command, run_train, spawn, write_jpegs
 
 import common
 
@@ -46,6 +46,15 @@ def test_cache_and_files_give_the_same_canvases(tmp_path):
         one, other = files.__getitems__(rows), cache.__getitems__(rows)
         assert one.canvas.any() and one.size.tolist() == [[480, 640]] * len(rows)
         assert all(torch.equal(a, b) for a, b in zip(one[:-1], other[:-1]))
+
+
+@each
+def test_two_processes_exchange_what_the_formula_says(script):
+    """(7): gradients, batch norm's sums and calls and what is gathered, counted as they go to gloo: nothing more a step."""
+    found = spawn("bytes", 2, script=script, argv=command(
+        script, types.SimpleNamespace(sizes="demo", quick=True, arch=None, batch_size=None, precision="fp32"), "--device", "cpu"))
+    assert found["world"] == 2 and found["agrees"], found
+    assert all(found["counted"].values())
 
 
 @each
