@@ -5,9 +5,9 @@
   python tests/evidence.py --jobs 0                         the table and the figure of what there is, nothing trained
 
 Runs go to runs/evidence (--out), results to tests/results/evidence.jsonl, .md and .png. Every row keeps its method's demo
-recipe and changes its own flags alone; no row was tuned. The random network is each seed's, with the framework's usual
-initialisation (SlotCon and CVSA start from zeroed residual branches: their curves begin lower); the supervised one is
-trained on all labels for as many images as the others see.
+recipe and changes its own flags alone: recipes were sought for the methods, and their controls take them as they are.
+The random network is each seed's, with the framework's usual initialisation (SlotCon and CVSA start from zeroed residual
+branches: their curves begin elsewhere); the supervised one is trained on all labels for as many images as the others see.
 """
 import argparse
 import json

@@ -15,6 +15,7 @@ from benchmark import METHODS, PARTS, Done, command, run_train, spawn, write_jpe
 import common
 
 each = pytest.mark.parametrize("script", METHODS)
+QUICK = types.SimpleNamespace(sizes="demo", quick=True, arch=None, batch_size=None, precision="fp32")
 
 
 def test_quick_run_writes_whole_tables(tmp_path):
@@ -51,8 +52,7 @@ def test_cache_and_files_give_the_same_canvases(tmp_path):
 @each
 def test_two_processes_exchange_what_the_formula_says(script):
     """(7): gradients, batch norm's sums and calls and what is gathered, counted as they go to gloo: nothing more a step."""
-    found = spawn("bytes", 2, script=script, argv=command(
-        script, types.SimpleNamespace(sizes="demo", quick=True, arch=None, batch_size=None, precision="fp32"), "--device", "cpu"))
+    found = spawn("bytes", 2, script=script, argv=command(script, QUICK, "--device", "cpu"))
     assert found["world"] == 2 and found["agrees"], found
     assert all(found["counted"].values())
 
@@ -76,8 +76,8 @@ def test_what_compile_compiles_has_no_graph_break(script, tmp_path, monkeypatch)
             raise Done
         hooks.extend(net.register_forward_pre_hook(called) for net in compiled)
 
-    hooks, opt = [], types.SimpleNamespace(sizes="demo", quick=True, arch=None, batch_size=None, precision="fp32")
-    run_train(script, command(script, opt, "--compile", "--device", "cpu", "--out", tmp_path), boundary)
+    hooks = []
+    run_train(script, command(script, QUICK, "--compile", "--device", "cpu", "--out", tmp_path), boundary)
     assert len(compiled) >= 2 and {id(net) for net in compiled} == {net for net, _, _ in seen}
     for hook in hooks:
         hook.remove()
