@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 
+import launch
 import numpy as np
+import pretend
 import pytest
 import torch
 import torch.distributed as dist
@@ -352,6 +354,25 @@ def test_every_run_leaves_a_line_a_table_and_pictures(folder, tmp_path, capsys):
         assert {"seed", "weights_sha256", "train", "test", "versions", "arch", "test_images"} <= set(line)
     assert "best" in said and "corloc" in said and "miou" in said
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+
+
+def on_a_gpu(folder, out):
+    pretend.start()
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        for protocol in PROTOCOLS:
+            run(folder, out, *protocol, "--device", "cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_gives_the_cpus_numbers(folder, tmp_path):
+    process = launch.server().Process(target=on_a_gpu, args=(folder, tmp_path / "there"))
+    process.start()
+    process.join()
+    found = [json.loads(line) for line in (tmp_path / "there" / "results.jsonl").read_text().splitlines()]
+    assert process.exitcode == 0 and [line["device"] for line in found] == ["cuda"] * len(PROTOCOLS)
+    for protocol, line in zip(PROTOCOLS, found):
+        for k, v in measures(run(folder, tmp_path / "here", *protocol)).items():
+            assert line[k] == (pytest.approx(v, rel=1e-7) if isinstance(v, float) else v), (protocol, k)
 
 
 def two(rank, port, folder, out):

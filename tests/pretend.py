@@ -1,0 +1,187 @@
+"""A CUDA GPU that is not there. Tensors say they are on cuda:0 and are computed on the CPU, so a whole run takes the way
+that it takes on a GPU, with real numbers, and what a GPU would refuse or wait for comes to light:
+
+- an operation on tensors of the GPU and of the CPU together is refused, as there;
+- places where the host waits for the device are listed: a number or a mask that is read, a shape that depends on values,
+  a copy from memory that is not pinned, an index that lies on the CPU.
+
+What it cannot show: kernels that CUDA does not have, rounding, memory, speed, streams, NCCL. `start()` is for a process
+of its own, before a script is started there with --device cuda; the process stays like that."""
+import collections
+import contextlib
+import json
+import multiprocessing.util
+import sys
+from pathlib import Path
+from unittest import mock
+
+import launch
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = torch.device("cuda", 0)
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+         "equal", "is_nonzero"}  # operations whose result's value or shape the host has to know
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+DENSE = {"cat", "stack", "mm", "bmm", "addmm", "baddbmm", "convolution", "gather", "index_select", "index_copy_"}
+waits, place = [], {"step": 0}  # [step of the loop, "file:line"]
+
+
+class Pretended(torch.Tensor):
+    """A tensor whose numbers are in `held`, on the CPU."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype,
+                                                   storage_offset=inner.storage_offset(), device=CUDA)
+
+    def __init__(self, inner):
+        self.held = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return call(func, args, kwargs or {})
+
+
+class Device(TorchDispatchMode):
+    """Sees operations that have no tensor of the device among their arguments, too, such as torch.zeros(device=...)."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return call(func, args, kwargs or {})
+
+
+def waited():
+    """Notes the line of the project that is being run."""
+    frame = sys._getframe(1)
+    while frame and Path(frame.f_code.co_filename).parent != ROOT:
+        frame = frame.f_back
+    line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "elsewhere"
+    waits.append([place["step"], line])
+
+
+def call(func, args, kwargs):
+    name = func._schema.name.split("::")[1]
+    if name in ("pin_memory", "_pin_memory"):
+        assert not isinstance(args[0], Pretended), "only memory of the CPU can be pinned"
+        args[0].pinned = True
+        return args[0]
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    there, here = ([x for x in tensors if isinstance(x, Pretended) == on] for on in (True, False))
+    device, kwargs = kwargs.get("device"), {k: v for k, v in kwargs.items() if k != "pin_memory"}
+    goes = bool(there) if device is None else torch.device(device).type == "cuda"  # where the result will be
+    if name == "copy_":
+        goes = isinstance(args[0], Pretended)
+    if name in ("copy_", "_to_copy"):
+        source = args[name == "copy_"]
+        if isinstance(source, Pretended) != goes and (isinstance(source, Pretended) or not hasattr(source, "pinned")):
+            waited()
+    elif there and here:
+        if name in INDEXING and isinstance(args[0], Pretended):
+            waited()  # CUDA takes indices from the CPU, by a copy
+        elif name in DENSE or any(x.ndim for x in here):
+            raise RuntimeError(f"{func} of tensors on cuda:0 and on the cpu: {[(x.device, *x.shape) for x in tensors]}")
+    if there and (name in READS or name in INDEXING and any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])):
+        waited()
+    plain_args, plain_kwargs = tree_map_only(Pretended, lambda x: x.held, (args, kwargs))
+    if device is not None:
+        plain_kwargs["device"] = torch.device("cpu")
+    out = func(*plain_args, **plain_kwargs)
+    if not goes:
+        return args[0] if name == "copy_" else out
+    return return_and_correct_aliasing(func, args, kwargs, tree_map_only(torch.Tensor, Pretended, out))
+
+
+def gradients(loss):
+    """Reverse mode, as torch's engine does it; that one would ask a driver. -> {node: {number of its output: gradient}}"""
+    order, seen, stack = [], set(), [(loss.grad_fn, False)]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack += [(node, True), *((n, False) for n, _ in node.next_functions if n is not None)]
+    found = {loss.grad_fn: {loss.output_nr: torch.ones_like(loss)}}
+    with torch.no_grad():
+        for node in reversed(order):
+            if hasattr(node, "variable") or node not in found:
+                continue
+            out = node(*[found[node].get(i) for i in range(len(node._input_metadata))])
+            for g, (follower, i) in zip(out if isinstance(out, tuple) else (out,), node.next_functions):
+                if follower is not None and g is not None:
+                    g = g.sum_to_size(follower._input_metadata[i].shape).to(follower._input_metadata[i].dtype)
+                    known = found.setdefault(follower, {})
+                    known[i] = known[i] + g if i in known else g
+    return found
+
+
+def backward(loss):
+    for node, (g, *_) in ((node, found.values()) for node, found in gradients(loss).items() if hasattr(node, "variable")):
+        node.variable.grad = g.detach() if node.variable.grad is None else node.variable.grad + g
+
+
+def grad(loss, inputs, retain_graph=None):
+    found = gradients(loss)
+    return [found[x.grad_fn][x.output_nr] for x in (inputs if isinstance(inputs, (list, tuple)) else [inputs])]
+
+
+def start():
+    """From here on this process has one GPU. At its end `waits` are in waits.json, in the folder of --out."""
+    import common
+    torch._C._ensureCUDADeviceGuardSet()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    torch.backends.cudnn.enabled = False  # its batch norm is an operation that CPUs do not have
+    plain, loader, save = torch.Tensor.tolist, torch.utils.data.DataLoader, torch.save
+    uniforms = common.uniforms
+
+    class Loader:
+        """torch pins in a thread that asks the driver."""
+
+        def __init__(self, *args, pin_memory, **kwargs):
+            self.batches, self.pins = loader(*args, **kwargs), pin_memory
+
+        def __iter__(self):
+            return map(torch.utils.data._utils.pin_memory.pin_memory if self.pins else (lambda batch: batch), self.batches)
+
+    def tolist(x):
+        if isinstance(x, Pretended):
+            waited()
+        return plain(getattr(x, "held", x))
+
+    def marked(seed, step, *args, **kwargs):
+        place["step"] = step + 1
+        return uniforms(seed, step, *args, **kwargs)
+
+    for name, instead in {
+            "torch.cuda._lazy_init": lambda: None, "torch.cuda.is_available": lambda: True,
+            "torch.cuda.device_count": lambda: 1, "torch.cuda.set_device": lambda device: None,
+            "torch.cuda.get_device_name": lambda i: "none", "torch.cuda.synchronize": lambda: None,
+            "torch.cuda.set_sync_debug_mode": lambda mode: None,
+            "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
+            "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+            "torch.cuda.max_memory_allocated": lambda device=None: 0,
+            "torch.cuda.Stream": lambda device: mock.MagicMock(), "torch.cuda.stream": contextlib.nullcontext,
+            "torch.cuda.current_stream": lambda device: mock.MagicMock(),
+            "torch.Tensor.record_stream": lambda x, stream: None,
+            "torch.Tensor.tolist": tolist, "torch.Tensor.backward": backward, "torch.autograd.grad": grad,
+            "torch.utils.data.DataLoader": Loader,
+            "torch.save": lambda x, file: save(tree_map_only(Pretended, lambda x: x.held.detach(), x), file),
+    }.items():
+        mock.patch(name, instead).start()
+    for module in list(sys.modules.values()):
+        if getattr(module, "uniforms", None) is uniforms:
+            module.uniforms = marked
+    Device().__enter__()
+    if "--out" in sys.argv:
+        told = Path(sys.argv[sys.argv.index("--out") + 1]) / "waits.json"
+        multiprocessing.util.Finalize(None, lambda: told.write_text(json.dumps(waits)), exitpriority=0)
+
+
+def run(script, argv, out):
+    """Waits for the end of a script on such a GPU. -> how often the host waited for it in each step (0: before them)"""
+    launch.Run(script, [*argv, "--device", "cuda", "--out", out], before=start).wait()
+    return collections.Counter(step for step, _ in json.loads((Path(out) / "waits.json").read_text()))
