@@ -310,8 +310,9 @@ class Images(torch.utils.data.Dataset):
         new = [i for i in indices if self.rows["label"][i] < 0] if self.source.scene else []
         for field, values in zip(self.record.names, self._draw(new) if new else ()):
             self.rows[field][new] = values       # the label last: it tells the other workers that the scene is there
-        batch = Batch(torch.zeros(n, 3, side, side, dtype=torch.uint8), torch.full((n, 2), side), torch.full((n,), -1),
-                      torch.zeros(n, int(self.has_masks), side, side, dtype=torch.uint8), index, [])
+        canvas, mask = (torch.zeros(n, side, side, c, dtype=torch.uint8) for c in (3, int(self.has_masks)))
+        canvas = canvas.permute(0, 3, 1, 2) if self.rows is None else canvas.view(n, 3, side, side)  # as it comes
+        batch = Batch(canvas, torch.full((n, 2), side), torch.full((n,), -1), mask.permute(0, 3, 1, 2), index, [])
         for row, asked in enumerate(indices):
             for i in [(asked + k) % len(self) for k in range(min(PATIENCE, len(self)))]:
                 try:
@@ -563,12 +564,12 @@ def fetch(images, order, workers, device, timeout=0):
             refuse(f"a data worker died or hangs ({' '.join(str(error).split()) or 'its batch is lost'}): start again, "
                    "with fewer --workers or more memory if it returns", local=True)
     if not cuda:
-        yield from arriving()
+        yield from (batch._replace(canvas=batch.canvas.contiguous()) for batch in arriving())
         return
     stream, ahead = torch.cuda.Stream(device), None
     for batch in itertools.chain(arriving(), [None]):
         with torch.cuda.stream(stream):
-            batch = batch and batch._replace(**{field: getattr(batch, field).to(device, non_blocking=True)
+            batch = batch and batch._replace(**{field: getattr(batch, field).to(device, non_blocking=True).contiguous()
                                                 for field in ("canvas", "label", "mask")})
             copied = stream.record_event()
         if ahead:
@@ -905,9 +906,8 @@ def find_backbone(checkpoint, source):
             yield name[:-1], x
 
     flat = dict(tensors("", checkpoint))
-    role = {"teacher": 1, "k": 3, "target": 3, "momentum": 3, "ema": 3, "q": 4, "online": 4, "student": 4}
-    if any(k.split(".")[-1] == "queue" for k in flat):
-        role["q"] = 2
+    role = {"teacher": 1, "k": 3, "target": 3, "momentum": 3, "ema": 3, "online": 4, "student": 4,
+            "q": 2 if any(k.split(".")[-1] == "queue" for k in flat) else 4}
     found = [(min((role[word] for word in re.split(r"[._]", k) if word in role), default=2), len(k), k[:-12])
              for k in flat if k.endswith("conv1.weight") and k[:-12] + "layer1.0.conv1.weight" in flat]
     if not found:
