@@ -12,8 +12,9 @@
   ladder   (5) SlotCon from the customary loop to ours, a lever a row
   scaling  (6) batch, views, K, image size, GPUs
   bytes    (7) what processes exchange, counted under gloo and on paper for 8, 64, 512 GPUs; where a cache ends
+  memory   (8) GB of tensors in a step of the recipes, counted from their shapes: takes no GPU and measures none
 
-Nothing of a script is rebuilt here: (2) to (7) run its `train` itself, in a process of its own a row, with pictures,
+Nothing of a script is rebuilt here: (2) to (8) run its `train` itself, in a process of its own a row, with pictures,
 kNN and checkpoints left out; except in (4) and (5) a loader that yields one batch again and again takes the place
 of the data. Medians after a warm-up, with the least and the largest. Writes benchmark-cpu or benchmark-cuda, .json and
 .md, to --out, where parts and scripts that were not asked for stay as they are. `--sizes recipe` (the papers' sizes,
@@ -52,9 +53,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
 
-PARTS = ("data", "views", "step", "end", "ladder", "scaling", "bytes")
+PARTS = ("data", "views", "step", "end", "ladder", "scaling", "bytes", "memory")
 PRESETS = {"slotcon": "coco", "scfs": "imagenet-200ep", "saliency_cl": "coco", "cvsa": "finegrained"}  # at full size
 METHODS = [name for name in PRESETS if (ROOT / f"{name}.py").exists()]
+RECIPES = [*PRESETS.items(), ("slotcon", "imagenet-100ep"), ("scfs", "imagenet-800ep"), ("cvsa", "imagenet")]  # for (8)
 SAME = ("cpu", "gpus", "torch", "threads", "quick")  # what rows of one table have in common
 STEP_FACTOR = 8 / 3  # two views, each three passes' work in the student and one in the teacher, over one view's three
 
@@ -488,7 +490,28 @@ def child_bytes(spec):
             and 0 <= gathered - formula["gathered"] <= formula["keys_at_most"]}
 
 
-CHILDREN = {"step": child_step, "plain": child_plain, "views": child_views, "end": child_end, "bytes": child_bytes}
+def child_memory(spec):
+    """Tensors on a GPU that is not there (pretend.py), shapes without numbers: what is alive when the second step's
+    backward pass begins, the gradients to come and the canvases of the batch ahead. Beyond it a real one has what the
+    allocator and the libraries take, and a few tensors of the pass itself. SlotCon's slots: the most there can be."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there is one, it is left alone
+    import pretend
+    module = importlib.import_module(spec["script"])
+    pretend.start(numbers=False)
+    args = module.parse_args(spec["argv"])
+    pretend.place["listed"] = args.batch_size * min(getattr(args, "prototypes", 0), (args.image_size // 32) ** 2)
+
+    def boundary(step):
+        if step == 2:
+            raise Done
+    run_train(spec["script"], spec["argv"], boundary)
+    size, where = pretend.memory["largest"]
+    return {"bytes": pretend.memory["kept"] + pretend.memory["gradients"] + 3 * args.canvas**2 * args.batch_size,
+            "largest": size, "largest_at": where}
+
+
+CHILDREN = {"step": child_step, "plain": child_plain, "views": child_views, "end": child_end, "bytes": child_bytes,
+            "memory": child_memory}
 
 
 def spawn(kind, world=1, **spec):
@@ -526,7 +549,7 @@ def spawn(kind, world=1, **spec):
     return found
 
 
-# ---- (2) to (7) ------------------------------------------------------------------------------------------------------
+# ---- (2) to (8) ------------------------------------------------------------------------------------------------------
 def pace(opt):
     """Steps to warm up, steps on the clock at a time, times."""
     warm, inner, repeats = (1, 1, 2) if opt.quick else (10, 10, 5) if opt.cuda else (2, 1, 5)
@@ -637,6 +660,29 @@ def exchanged(opt, folder):
             argv = command(script, opt, "--batch-size", 16, "--device", "cpu", "--precision", "fp32", sizes="demo")
             counted.append({"script": script, "processes": world, **spawn("bytes", world, script=script, argv=argv)})
     return {"counted": counted, "paper": paper(opt)}
+
+
+def memory(opt, folder):
+    """GB = what stays whatever the batch + images a GPU x what each needs: from two sizes of the batch."""
+    rows = []
+    for script, preset in RECIPES:
+        if script not in opt.methods:
+            continue
+        few, more = (8, 16) if opt.quick else (16, 32)
+        found = [spawn("memory", script=script, argv=[
+            "--preset", preset, "--data", "scenes:100000", "--steps", 10**9, "--log-every", 10**9, "--save-every", 10**9,
+            "--knn-every", 0, "--precision", "bf16", "--workers", 0, "--device", "cuda", "--batch-size", n])
+            for n in (few, more)]
+        row = {"script": script, "preset": preset}
+        failed = next((f["failed"] for f in found if "failed" in f), None)
+        if failed:
+            rows.append(row | {"failed": failed})
+            continue
+        one = (found[1]["bytes"] - found[0]["bytes"]) / (more - few)
+        batch = importlib.import_module(script).parse_args(["--preset", preset, "--data", "scenes"]).batch_size
+        rows.append(row | {"fixed": found[0]["bytes"] - few * one, "an_image": one, "batch": batch,
+                           "largest": found[1]["largest"], "largest_images": more, "largest_at": found[1]["largest_at"]})
+    return {"rows": rows}
 
 
 # ---- on paper --------------------------------------------------------------------------------------------------------
@@ -843,13 +889,25 @@ def bytes_table(part, results):
     return lines + table(["data", "images", "canvas", "cache GB", "cores busy decoding for 1,000 images/s"], stores)
 
 
+def memory_table(part):
+    def cells(row):
+        gb = [number((row["fixed"] + n * row["an_image"]) / 1e9) for n in (row["batch"] / 8, row["batch"])]
+        return [number(row["fixed"] / 1e9), number(row["an_image"] / 1e6), row["batch"], *gb,
+                f"{number(row['largest'] / row['largest_images'] / 1e6)} ({row['largest_at']})"]
+    about = ("Counted, not measured: bf16; tensors alive when the backward pass begins, gradients, canvases of the batch "
+             "ahead. What the allocator and the libraries take comes on top.")
+    return [about, "", *table(
+        ["script", "preset", "GB whatever the batch", "MB an image", "batch", "GB on each of 8 GPUs", "GB on one",
+         "largest tensor, MB an image (where)"], rows_or_why(part["rows"], ["script", "preset"], cells))]
+
+
 def markdown(results):
     """All parts; those without figures say so."""
     tables = {"data": data_table, "views": lambda p: views_table(p, results), "step": step_table, "end": end_table,
               "ladder": ladder_table, "scaling": scaling_table,
-              "bytes": lambda p: bytes_table(p, results)}
+              "bytes": lambda p: bytes_table(p, results), "memory": memory_table}
     titles = ["(1) Data path", "(2) Views", "(3) The step", "(4) End to end", "(5) The ladder", "(6) How cost grows",
-              "(7) Processes"]
+              "(7) Processes", "(8) Memory, counted"]
     lines = ["# Benchmark", "", "`python tests/benchmark.py`: medians after a warm-up, in brackets least and most.", ""]
     for name, title in zip(PARTS, titles):
         lines += [f"## {title}", ""]
@@ -895,7 +953,7 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     measure = {"data": data_path, "views": view_cost, "step": steps, "end": end_to_end, "ladder": ladder,
-               "scaling": scaling, "bytes": exchanged}
+               "scaling": scaling, "bytes": exchanged, "memory": memory}
     with tempfile.TemporaryDirectory() as folder:
         for name in (part for part in PARTS if part in wanted):
             before = results.get(name, {})

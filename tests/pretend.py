@@ -5,13 +5,15 @@ that it takes on a GPU, with real numbers, and what a GPU would refuse or wait f
 - places where the host waits for the device are listed: a number or a mask that is read, a shape that depends on values,
   a copy from memory that is not pinned, an index that lies on the CPU.
 
-What it cannot show: kernels that CUDA does not have, rounding, memory, speed, streams, NCCL. `start()` is for a process
-of its own, before a script is started there with --device cuda; the process stays like that."""
+What it cannot show: kernels that CUDA does not have, rounding, speed, streams, NCCL. `start()` is for a process of its
+own, before a script is started there with --device cuda; the process stays like that. `start(numbers=False)`: tensors
+have shapes only, gradients are not worked out, and a step of any size takes seconds: to count the memory they need."""
 import collections
 import contextlib
 import json
 import multiprocessing.util
 import sys
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -26,7 +28,9 @@ READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_
          "equal", "is_nonzero"}  # operations whose result's value or shape the host has to know
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 DENSE = {"cat", "stack", "mm", "bmm", "addmm", "baddbmm", "convolution", "gather", "index_select", "index_copy_"}
-waits, place = [], {"step": 0}  # [step of the loop, "file:line"]
+waits, place = [], {"step": 0, "holds": "cpu", "listed": 0}  # [step of the loop, "file:line"]; where numbers are: cpu or meta (none)
+alive, sizes = collections.Counter(), {}  # of storages on the device: tensors that use them, bytes
+memory = {"now": 0, "largest": (0, "")}  # bytes; of a single tensor, and where it came from
 
 
 class Pretended(torch.Tensor):
@@ -40,7 +44,14 @@ class Pretended(torch.Tensor):
                                                    storage_offset=inner.storage_offset(), device=CUDA)
 
     def __init__(self, inner):
-        self.held = inner
+        self.held, storage = inner, inner.untyped_storage()
+        if not alive[storage._cdata]:
+            sizes[storage._cdata] = n = storage.nbytes()
+            memory["now"] += n
+            if n > memory["largest"][0]:
+                memory["largest"] = n, line()
+        alive[storage._cdata] += 1
+        weakref.finalize(inner, forget, storage._cdata)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -54,13 +65,22 @@ class Device(TorchDispatchMode):
         return call(func, args, kwargs or {})
 
 
-def waited():
-    """Notes the line of the project that is being run."""
+def forget(storage):
+    alive[storage] -= 1
+    if not alive[storage]:
+        memory["now"] -= sizes[storage]
+
+
+def line():
+    """The line of the project that is being run."""
     frame = sys._getframe(1)
     while frame and Path(frame.f_code.co_filename).parent != ROOT:
         frame = frame.f_back
-    line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "elsewhere"
-    waits.append([place["step"], line])
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "elsewhere"
+
+
+def waited():
+    waits.append([place["step"], line()])
 
 
 def call(func, args, kwargs):
@@ -86,9 +106,15 @@ def call(func, args, kwargs):
             raise RuntimeError(f"{func} of tensors on cuda:0 and on the cpu: {[(x.device, *x.shape) for x in tensors]}")
     if there and (name in READS or name in INDEXING and any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])):
         waited()
-    plain_args, plain_kwargs = tree_map_only(Pretended, lambda x: x.held, (args, kwargs))
+    shapes = place["holds"] == "meta"
+    if shapes and name == "_local_scalar_dense" and there:
+        return 0
+    if shapes and there and not goes:
+        return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+    plain_args, plain_kwargs = tree_map_only(
+        torch.Tensor, lambda x: x.held if isinstance(x, Pretended) else x.to("meta") if shapes and goes else x, (args, kwargs))
     if device is not None:
-        plain_kwargs["device"] = torch.device("cpu")
+        plain_kwargs["device"] = torch.device(place["holds"] if goes else "cpu")
     out = func(*plain_args, **plain_kwargs)
     if not goes:
         return args[0] if name == "copy_" else out
@@ -119,19 +145,40 @@ def gradients(loss):
     return found
 
 
+def leaves(loss):
+    """The tensors whose gradients a loss has."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [n for n, _ in node.next_functions]
+    return [node.variable for node in seen if hasattr(node, "variable")]
+
+
 def backward(loss):
+    if place["holds"] == "meta":
+        memory["kept"], found = memory["now"], leaves(loss)  # weights and all that stays, and what this pass needs
+        for x in found:
+            x.grad = torch.empty_like(x)
+        memory["gradients"] = sum(x.nbytes for x in found)
+        return
     for node, (g, *_) in ((node, found.values()) for node, found in gradients(loss).items() if hasattr(node, "variable")):
         node.variable.grad = g.detach() if node.variable.grad is None else node.variable.grad + g
 
 
 def grad(loss, inputs, retain_graph=None):
+    if place["holds"] == "meta":
+        return [torch.empty_like(x) for x in (inputs if isinstance(inputs, (list, tuple)) else [inputs])]
     found = gradients(loss)
     return [found[x.grad_fn][x.output_nr] for x in (inputs if isinstance(inputs, (list, tuple)) else [inputs])]
 
 
-def start():
-    """From here on this process has one GPU. At its end `waits` are in waits.json, in the folder of --out."""
+def start(numbers=True):
+    """From here on this process has one GPU. At its end `waits` are in waits.json, in the folder of --out. Without
+    numbers what is read is 0, and where a list is read each of its entries is place["listed"]."""
     import common
+    place["holds"] = "cpu" if numbers else "meta"
     torch._C._ensureCUDADeviceGuardSet()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.backends.cudnn.enabled = False  # its batch norm is an operation that CPUs do not have
@@ -150,6 +197,8 @@ def start():
     def tolist(x):
         if isinstance(x, Pretended):
             waited()
+            if x.held.is_meta:
+                x = torch.full(x.shape, place["listed"])
         return plain(getattr(x, "held", x))
 
     def marked(seed, step, *args, **kwargs):

@@ -57,6 +57,36 @@ def test_two_processes_exchange_what_the_formula_says(script):
     assert all(found["counted"].values())
 
 
+def test_counted_memory_is_what_autograd_keeps(tmp_path, monkeypatch):
+    """(8): bytes an image, from shapes alone, against the storages that a run on the CPU saves for its backward pass.
+    Counted are canvases, too, of two batches. And K = 2048 makes no tensor of B x K x D."""
+    argv, kept, counted = [*command("slotcon", QUICK, "--image-size", 64, "--canvas", 96), "--workers", 0], [], []
+    module = importlib.import_module("slotcon")
+    for name in ("draw", "knn_probe", "slot_quality", "save_checkpoint", "batches"):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr("signal.signal", lambda *a: None)
+    for batch in (16, 32):
+        more, saved = [*argv, "--batch-size", batch], {}
+
+        def keep(x, saved=saved):
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        def boundary(step, saved=saved):
+            if step == 2:
+                raise Done
+            saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            run_train("slotcon", [*map(str, more), "--device", "cpu", "--out", str(tmp_path / str(batch))], boundary)
+        kept.append(sum(saved.values()))
+        counted.append(spawn("memory", script="slotcon", argv=[*more, "--device", "cuda"])["bytes"])
+    kept, counted = ((x[1] - x[0]) / 16 for x in (kept, counted))
+    assert kept + 2 * 3 * 96**2 == pytest.approx(counted, rel=0.02)
+    many = spawn("memory", script="slotcon", argv=[*argv, "--device", "cuda", "--batch-size", 64, "--prototypes", 2048,
+                                                   "--dim", 256])
+    assert many["largest"] < 64 * 2048 * 256 * 4 / 2, many  # scores, B x K x 64 cells, are a quarter
+
+
 @each
 def test_what_compile_compiles_has_no_graph_break(script, tmp_path, monkeypatch):
     """train() names the modules and calls them for one step; each is then traced whole at each shape and in each mode
