@@ -28,7 +28,8 @@ READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_
          "equal", "is_nonzero"}  # operations whose result's value or shape the host has to know
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 DENSE = {"cat", "stack", "mm", "bmm", "addmm", "baddbmm", "convolution", "gather", "index_select", "index_copy_"}
-waits, place = [], {"step": 0, "holds": "cpu", "listed": 0}  # [step of the loop, "file:line"]; where numbers are: cpu or meta (none)
+waits = []  # [step of the loop, "file:line"]
+place = {"step": 0, "holds": "cpu", "listed": 0}  # holds: where the numbers are, cpu or meta (there are none)
 alive, sizes = collections.Counter(), {}  # of storages on the device: tensors that use them, bytes
 memory = {"now": 0, "largest": (0, "")}  # bytes; of a single tensor, and where it came from
 
@@ -111,8 +112,9 @@ def call(func, args, kwargs):
         return 0
     if shapes and there and not goes:
         return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-    plain_args, plain_kwargs = tree_map_only(
-        torch.Tensor, lambda x: x.held if isinstance(x, Pretended) else x.to("meta") if shapes and goes else x, (args, kwargs))
+    def plain(x):
+        return x.held if isinstance(x, Pretended) else x.to("meta") if shapes and goes else x
+    plain_args, plain_kwargs = tree_map_only(torch.Tensor, plain, (args, kwargs))
     if device is not None:
         plain_kwargs["device"] = torch.device(place["holds"] if goes else "cpu")
     out = func(*plain_args, **plain_kwargs)
@@ -163,8 +165,10 @@ def backward(loss):
             x.grad = torch.empty_like(x)
         memory["gradients"] = sum(x.nbytes for x in found)
         return
-    for node, (g, *_) in ((node, found.values()) for node, found in gradients(loss).items() if hasattr(node, "variable")):
-        node.variable.grad = g.detach() if node.variable.grad is None else node.variable.grad + g
+    for node, found in gradients(loss).items():
+        if hasattr(node, "variable"):
+            x, g = node.variable, found[0]
+            x.grad = g.detach() if x.grad is None else x.grad + g
 
 
 def grad(loss, inputs, retain_graph=None):
@@ -192,7 +196,7 @@ def start(numbers=True):
             self.batches, self.pins = loader(*args, **kwargs), pin_memory
 
         def __iter__(self):
-            return map(torch.utils.data._utils.pin_memory.pin_memory if self.pins else (lambda batch: batch), self.batches)
+            return map(torch.utils.data._utils.pin_memory.pin_memory, self.batches) if self.pins else iter(self.batches)
 
     def tolist(x):
         if isinstance(x, Pretended):
