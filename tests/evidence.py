@@ -141,6 +141,13 @@ def write_table(lines, path):
     path.write_text("\n".join(text) + "\n")
 
 
+def together(curves):
+    """Lists of (epoch, figure) -> the epochs that all of them have, and each one's figures."""
+    known = [{round(epoch, 3): figure for epoch, figure in curve} for curve in curves]
+    x = sorted(set.intersection(*map(set, known)))
+    return x, [[curve[epoch] for curve in known] for epoch in x]
+
+
 def draw_curves(lines, path):
     import matplotlib
     matplotlib.use("Agg")
@@ -151,13 +158,13 @@ def draw_curves(lines, path):
         for row, (data, own, _) in ROWS.items():
             curves = {line["seed"]: line["knn_curve"] for line in lines if line["row"] == row and line["knn_curve"]}
             if own == script and curves:
-                points = list(zip(*curves.values()))  # of one epoch, over the seeds
-                values = [[knn for _, knn in point] for point in points]
-                x, mean = [point[0][0] for point in points], [statistics.mean(v) for v in values]
-                axis.plot(x, mean, label=f"{row}, seed{'s' * (len(curves) > 1)} {', '.join(map(str, sorted(curves)))}")
+                x, values = together(curves.values())
+                mean = [statistics.mean(v) for v in values]
+                line, = axis.plot(x, mean, label=f"{row}, seed{'s' * (len(curves) > 1)} {', '.join(map(str, sorted(curves)))}")
                 if len(curves) > 1:
                     half = [statistics.stdev(v) for v in values]
-                    axis.fill_between(x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)], alpha=0.15)
+                    low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
+                    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
             if data == ("scenes-fine" if script == "cvsa.py" else "scenes") and own is None:
                 start = {line["seed"]: line["value"] for line in lines if line["row"] == row and line["column"] == "kNN"}
                 for seed, value in start.items():
