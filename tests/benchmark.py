@@ -490,6 +490,11 @@ def child_bytes(spec):
             and 0 <= gathered - formula["gathered"] <= formula["keys_at_most"]}
 
 
+def most_slots(args):
+    """SlotCon's slots in an image at most: as many as prototypes, or as cells."""
+    return min(args.prototypes, (args.image_size // (8 if args.arch == "small" else 32)) ** 2)
+
+
 def child_memory(spec):
     """Tensors on a GPU that is not there (pretend.py), shapes without numbers: what is alive when the second step's
     backward pass begins, the gradients to come and the canvases of the batch ahead. Beyond it a real one has what the
@@ -499,7 +504,7 @@ def child_memory(spec):
     module = importlib.import_module(spec["script"])
     pretend.start(numbers=False)
     args = module.parse_args(spec["argv"])
-    pretend.place["listed"] = args.batch_size * min(getattr(args, "prototypes", 0), (args.image_size // 32) ** 2)
+    pretend.place["listed"] = args.batch_size * most_slots(args) if spec["script"] == "slotcon" else 0
 
     def boundary(step):
         if step == 2:
@@ -663,24 +668,29 @@ def exchanged(opt, folder):
 
 
 def memory(opt, folder):
-    """GB = what stays whatever the batch + images a GPU x what each needs: from two sizes of the batch."""
+    """GB = what stays whatever the batch + images a GPU x what each needs, from two sizes of the batch; in SlotCon, from a
+    third, + what grows with the square: its logits, a process's slots against the slots of all."""
     rows = []
     for script, preset in RECIPES:
         if script not in opt.methods:
             continue
         few, more = (8, 16) if opt.quick else (16, 32)
+        sizes = (few, more, 2 * more) if script == "slotcon" else (few, more)
         found = [spawn("memory", script=script, argv=[
             "--preset", preset, "--data", "scenes:100000", "--steps", 10**9, "--log-every", 10**9, "--save-every", 10**9,
             "--knn-every", 0, "--precision", "bf16", "--workers", 0, "--device", "cuda", "--batch-size", n])
-            for n in (few, more)]
+            for n in sizes]
         row = {"script": script, "preset": preset}
         failed = next((f["failed"] for f in found if "failed" in f), None)
         if failed:
             rows.append(row | {"failed": failed})
             continue
-        one = (found[1]["bytes"] - found[0]["bytes"]) / (more - few)
+        slopes = [(b["bytes"] - a["bytes"]) / (n - m) for (a, m), (b, n) in itertools.pairwise(zip(found, sizes))]
+        square = (slopes[-1] - slopes[0]) / (sizes[-1] - sizes[0])
+        one = slopes[0] - square * (few + more)
         batch = importlib.import_module(script).parse_args(["--preset", preset, "--data", "scenes"]).batch_size
-        rows.append(row | {"fixed": found[0]["bytes"] - few * one, "an_image": one, "batch": batch,
+        rows.append(row | {"fixed": found[0]["bytes"] - few * one - few**2 * square, "an_image": one, "batch": batch,
+                           "square": square,
                            "largest": found[1]["largest"], "largest_images": more, "largest_at": found[1]["largest_at"]})
     return {"rows": rows}
 
@@ -714,9 +724,8 @@ def exchange(script, args, images, sync_batchnorm):
         gathered, keys = 2 * 8 * bool(args.align_weight), 0  # two counts of valid pairs, int64
     else:
         trained, frozen = 2 * (student + norms(model.predictor)), 2 * student
-        cells = (args.image_size // (8 if args.arch == "small" else 32)) ** 2
         gathered = 4 * 8 + 4 * args.prototypes  # counts of keys and queries, int64; the centre
-        keys = 2 * images * min(args.prototypes, cells) * args.dim * 4
+        keys = 2 * images * most_slots(args) * args.dim * 4
     (c, m), (cf, mf) = trained, frozen
     back = 2 * c + m if sync_batchnorm == "ours" else 2 * c
     return {"gradients": 4 * sum(p.numel() for p in model.parameters()),
@@ -891,7 +900,8 @@ def bytes_table(part, results):
 
 def memory_table(part):
     def cells(row):
-        gb = [number((row["fixed"] + n * row["an_image"]) / 1e9) for n in (row["batch"] / 8, row["batch"])]
+        batch = row["batch"]
+        gb = [number((row["fixed"] + n * (row["an_image"] + row["square"] * batch)) / 1e9) for n in (batch / 8, batch)]
         return [number(row["fixed"] / 1e9), number(row["an_image"] / 1e6), row["batch"], *gb,
                 f"{number(row['largest'] / row['largest_images'] / 1e6)} ({row['largest_at']})"]
     about = ("Counted, not measured: bf16; tensors alive when the backward pass begins, gradients, canvases of the batch "

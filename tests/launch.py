@@ -97,7 +97,7 @@ def play(script, argv, environment, errors, output, before):  # in the forked pr
     module = importlib.import_module(script)
     status = 0
     try:
-        common.run_script(getattr(module, "train", None) or module.main, module.parse_args)
+        common.run_script(module.train, module.parse_args)
     except SystemExit as end:  # which, as at the end of a script, lets go of the frames and the loaders in them
         status = end.code
     sys.exit(status)

@@ -85,6 +85,7 @@ def waited():
 
 
 def call(func, args, kwargs):
+    """One operation of torch, on tensors of the device, of the CPU, or both. RuntimeError where CUDA refuses it."""
     name = func._schema.name.split("::")[1]
     if name in ("pin_memory", "_pin_memory"):
         assert not isinstance(args[0], Pretended), "only memory of the CPU can be pinned"
@@ -159,6 +160,7 @@ def leaves(loss):
 
 
 def backward(loss):
+    """Tensor.backward. Without numbers: gradients of the right shapes, and `memory` notes what was alive before them."""
     if place["holds"] == "meta":
         memory["kept"], found = memory["now"], leaves(loss)  # weights and all that stays, and what this pass needs
         for x in found:
@@ -172,10 +174,12 @@ def backward(loss):
 
 
 def grad(loss, inputs, retain_graph=None):
+    """torch.autograd.grad, for tensors that are no leaves."""
+    inputs = [inputs] if isinstance(inputs, torch.Tensor) else inputs
     if place["holds"] == "meta":
-        return [torch.empty_like(x) for x in (inputs if isinstance(inputs, (list, tuple)) else [inputs])]
+        return [torch.empty_like(x) for x in inputs]
     found = gradients(loss)
-    return [found[x.grad_fn][x.output_nr] for x in (inputs if isinstance(inputs, (list, tuple)) else [inputs])]
+    return [found[x.grad_fn][x.output_nr] for x in inputs]
 
 
 def start(numbers=True):
@@ -212,8 +216,6 @@ def start(numbers=True):
     for name, instead in {
             "torch.cuda._lazy_init": lambda: None, "torch.cuda.is_available": lambda: True,
             "torch.cuda.device_count": lambda: 1, "torch.cuda.set_device": lambda device: None,
-            "torch.cuda.get_device_name": lambda i: "none", "torch.cuda.synchronize": lambda: None,
-            "torch.cuda.set_sync_debug_mode": lambda mode: None,
             "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
             "torch.cuda.max_memory_allocated": lambda device=None: 0,
