@@ -4,10 +4,11 @@
   python tests/evidence.py --seeds 0 --rows SlotCon random  a part of it first; what is done is kept
   python tests/evidence.py --jobs 0                         the table and the figure of what there is, nothing trained
 
-Runs go to runs/evidence (--out), results to tests/results/evidence.jsonl, .md and .png. Every row keeps its method's demo
-recipe and changes its own flags alone: recipes were sought for the methods, and their controls take them as they are.
-The random network is each seed's, with the framework's usual initialisation (SlotCon and CVSA start from zeroed residual
-branches: their curves begin elsewhere); the supervised one is trained on all labels for as many images as the others see.
+Runs go to runs/evidence (--out), results to tests/results/evidence.jsonl, .md and .png; what is there of other rows, seeds
+and columns stays (--results FOLDER: a table of your own). Every row keeps its method's demo recipe and changes its own
+flags alone: recipes were sought for the methods, and their controls take them as they are. The random network is each
+seed's, with the framework's usual initialisation (SlotCon and CVSA start from zeroed residual branches: their curves begin
+elsewhere); the supervised one is trained on all labels for as many images as the others see.
 """
 import argparse
 import json
@@ -116,6 +117,16 @@ def work(row, seed, args, threads):
     return list(lines.values())
 
 
+def together_with(lines, path):
+    """Adds to the lines what an earlier table has besides, but of the same row and seed only what is of the same network."""
+    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    new = {(line["row"], line["seed"]): line["found"]["weights_sha256"] for line in lines}
+    have = {(line["row"], line["seed"], line["column"]) for line in lines}
+    return lines + [line for line in earlier if line["row"] in ROWS and line["column"] in PROTOCOLS
+                    and (line["row"], line["seed"], line["column"]) not in have
+                    and new.get((line["row"], line["seed"])) in (None, line["found"]["weights_sha256"])]
+
+
 def spread(values):
     """Mean and sample deviation as text."""
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
@@ -192,6 +203,7 @@ def main():
                               [(row, seed) for seed in args.seeds for row in args.rows]):
                 pass
     lines = [line for path in sorted(args.out.glob("*/evidence.json")) for line in json.loads(path.read_text())]
+    lines = together_with(lines, args.results / "evidence.jsonl")
     lines.sort(key=lambda line: (list(ROWS).index(line["row"]), line["seed"], list(PROTOCOLS).index(line["column"])))
     (args.results / "evidence.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_table(lines, args.results / "evidence.md")

@@ -52,6 +52,19 @@ def test_table_and_curves(tmp_path):
     assert (tmp_path / "t.png").stat().st_size > 10_000
 
 
+def test_an_earlier_table_stays_but_of_one_row_and_seed_only_with_the_same_network(tmp_path):
+    def line(row, seed, column, weights):
+        return {"row": row, "seed": seed, "column": column, "found": {"weights_sha256": weights}}
+    earlier = [line("SlotCon", 0, "kNN", "a"), line("SlotCon", 0, "linear", "a"), line("SlotCon", 1, "kNN", "b"),
+               line("SCFS", 0, "kNN", "c"), line("a row of before", 0, "kNN", "d")]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps(one) + "\n" for one in earlier))
+    again = line("SlotCon", 0, "kNN", "a") | {"value": 1.0}
+    assert evidence.together_with([again], tmp_path / "e.jsonl") == [again, *earlier[1:4]]
+    other = line("SlotCon", 0, "kNN", "e")
+    assert evidence.together_with([other], tmp_path / "e.jsonl") == [other, *earlier[2:4]]
+    assert evidence.together_with([other], tmp_path / "none") == [other]
+
+
 def test_a_small_table_from_end_to_end_and_no_work_done_twice(tmp_path, monkeypatch, capsys):
     tiny = "--steps 1 --batch-size 8 --image-size 32 --canvas 32 --workers 0"
     monkeypatch.setattr(evidence, "ROWS", {"random": ("scenes:40", None, ""), "SlotCon": ("scenes:40", "slotcon.py", tiny)})
