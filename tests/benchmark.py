@@ -31,6 +31,7 @@ import json
 import os
 import platform
 import random
+import re
 import socket
 import statistics
 import subprocess
@@ -70,6 +71,17 @@ def summary(values):
 def synchronize():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def peak_gib():
+    """Most memory so far, in GiB: the device's; on a CPU this process's, as Linux counts it from the start of the program
+    (getrusage's figure, which a started program takes over from the one that started it, would be this table's)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    if not status.exists():  # macOS, in bytes
+        return importlib.import_module("resource").getrusage(0).ru_maxrss / 2**30
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
 
 
 def race(calls, repeats, images):
@@ -362,11 +374,9 @@ def child_step(spec):
         common.ResNet.forward = counted
     args = run_train(spec["script"], spec["argv"], boundary, spec["feed"], spec["levers"])
     images = args.batch_size * inner
-    peak = torch.cuda.max_memory_allocated() if cuda else (
-        importlib.import_module("resource").getrusage(0).ru_maxrss * 1024)
     seen = collections.Counter(f"{Path(w.filename).name}:{w.lineno}" for w in alarms if "synchroniz" in str(w.message))
     found = {"images_per_second": summary([images / (b - a) for a, b in itertools.pairwise(marks)]),
-             "batch_size": args.batch_size, "image_size": args.image_size, "peak_gib": peak / 2**30, "arch": args.arch,
+             "batch_size": args.batch_size, "image_size": args.image_size, "peak_gib": peak_gib(), "arch": args.arch,
              "passes": sum(work) / (args.batch_size * 3 * args.image_size**2) if work else None,
              "syncs_per_step": sum(seen.values()) / inner if cuda else None,
              "syncs_at": {place: count / inner for place, count in seen.most_common(8)}}
@@ -440,7 +450,8 @@ def child_end(spec):
     """The program as a user starts it; what its log says from the third line on."""
     args = run_train(spec["script"], spec["argv"], lambda step: None, spec["feed"])
     lines = [json.loads(line) for line in (Path(args.out) / "log.jsonl").read_text().splitlines()][2:]
-    return {name: summary([line[name] for line in lines]) for name in ("images_per_second", "waiting", "memory_gb")}
+    return {name: summary([line[name] for line in lines]) for name in ("images_per_second", "waiting")} | {
+        "memory_gb": summary([peak_gib()])}
 
 
 def child_bytes(spec):

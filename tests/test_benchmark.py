@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
-from benchmark import METHODS, PARTS, Done, command, run_train, spawn, write_jpegs
+from benchmark import METHODS, PARTS, Done, command, peak_gib, run_train, spawn, write_jpegs
 
 import common
 
@@ -36,6 +36,13 @@ def test_quick_run_writes_whole_tables(tmp_path):
                  *(row[key] for row in paths for key in ("ms_cpu", "ms_wall", "images_per_second", "of_two_views"))]
     assert all(0 < s["min"] <= s["median"] <= s["max"] for s in summaries)
     assert text.read_text().count("not measured yet (") == len(PARTS) - 2
+
+def test_peak_memory_is_the_row_s_own():
+    """Not that of the larger process that measures it, as getrusage has it."""
+    ballast = torch.ones(2**28)  # 1 GiB
+    child = [sys.executable, "-c", "import benchmark; print(benchmark.peak_gib())"]
+    said = subprocess.run(child, check=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
+    assert 0.1 < float(said) < 1 < peak_gib() and len(ballast) == 2**28
 
 
 def test_cache_and_files_give_the_same_canvases(tmp_path):
