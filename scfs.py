@@ -375,6 +375,7 @@ def save_checkpoint(out, state, net):
     path = Path(out) / "checkpoint.pt"
     beside = path.with_suffix(".tmp")
     try:
+        save_backbone(path.with_name("backbone.pth"), net)  # first: a run killed in between goes on and writes both
         with open(beside, "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -382,7 +383,6 @@ def save_checkpoint(out, state, net):
         if path.exists():
             os.replace(path, path.with_name("checkpoint.previous.pt"))
         os.replace(beside, path)
-        save_backbone(path.with_name("backbone.pth"), net)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         beside.unlink(missing_ok=True)
         refuse(f"step {state['step']} could not be saved in {out} ({str(error).splitlines()[0]}): make room or mend "

@@ -72,16 +72,16 @@ def assert_all_logged(script, out):
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------
-def die_within_writing(checkpoint, share):  # the run's own SIGKILL, with this share of its n-th checkpoint on the disk
-    left, save = itertools.count(checkpoint - 1, -1), torch.save
+def die_within_writing(n, share):  # the run's own SIGKILL, with this share of its n-th file on the disk
+    left, save = itertools.count(n - 1, -1), torch.save
 
     def cut(state, file):
         if next(left):
             return save(state, file)
         whole = io.BytesIO()
         save(state, whole)
-        file.write(whole.getvalue()[:int(share * whole.tell())])
-        file.flush()
+        with open(file, "wb") if isinstance(file, str) else file as begun:
+            begun.write(whole.getvalue()[:int(share * whole.tell())])
         os.kill(os.getpid(), signal.SIGKILL)
     torch.save = cut
 
@@ -89,9 +89,9 @@ def die_within_writing(checkpoint, share):  # the run's own SIGKILL, with this s
 def kill_again_and_again(script, out, times, seed):
     chance, torn = random.Random(seed), 0
     for i in range(times):
-        before = functools.partial(die_within_writing, chance.randint(1, 2), chance.random()) if i % 3 == 0 else None
+        before = functools.partial(die_within_writing, chance.randint(1, 4), chance.random()) if i % 3 == 0 else None
         run = Run(script, flags(script, out, "--workers", chance.choice((0, 1))), before=before)
-        if i % 3 == 0:  # while a checkpoint is being written; where the run was at its end before, it ends
+        if i % 3 == 0:  # while a backbone or checkpoint is being written; where the run was at its end before, it ends
             run.wait(-signal.SIGKILL, 0)
         elif i % 3 == 1:  # soon after a step
             step = min(9, assert_whole(out) + chance.randint(1, 2))
@@ -102,7 +102,7 @@ def kill_again_and_again(script, out, times, seed):
         if run.alive():
             run.kill()
         run.wait(-signal.SIGKILL, 0)
-        torn += (out / "checkpoint.tmp").exists()
+        torn += any(out.glob("*.tmp"))
         assert_whole(out)
     go_on(script, out)
     assert_same_tensors(out, reference(script))
@@ -120,6 +120,20 @@ def test_killed_3_times(script, out):
 @row("SIGKILL at 20 random moments, checkpoint writing included")
 def test_killed_20_times(script, out):
     kill_again_and_again(script, out, 20, seed=2)
+
+
+@row("SIGKILL at the end, while backbone.pth or the last checkpoint is being written: the same command finishes both")
+def test_killed_while_writing_the_end(script, out):
+    for n in (19, 20):  # ten steps write two files each
+        run = Run(script, flags(script, out), before=functools.partial(die_within_writing, n, 0.5))
+        run.wait(-signal.SIGKILL)
+        assert load(out / "checkpoint.pt")["step"] == 9 and len(list(out.glob("*.tmp"))) == 1
+        assert "goes on from step 9" in go_on(script, out)
+        assert_same_tensors(out, reference(script))
+        mine, whole = (load(folder / "backbone.pth") for folder in (out, reference(script)))
+        assert mine.keys() == whole.keys() and all(torch.equal(mine[k], whole[k]) for k in whole)
+        assert not list(out.glob("*.tmp"))
+        shutil.rmtree(out)
 
 
 @row("SIGKILL between the two renames of a checkpoint; a log line cut short")
