@@ -21,7 +21,7 @@ def test_every_command_is_one_that_its_script_takes(tmp_path):
             assert (args.data, args.seed, args.epochs, args.arch, args.preset) == (data, 1, 2.0, "small", "demo")
         found = evaluations()
         assert ("mAP" in found) == (data == "scenes-fine") and len(found) == len(evidence.PROTOCOLS) - (data == "scenes")
-        assert [len(sweep) for sweep in found.values()] == [3 if "labels" in name else 1 for name in found]
+        assert [len(sweep) for sweep in found.values()] == [len(evidence.RATES) if "labels" in name else 1 for name in found]
         for command in (command for sweep in found.values() for command in sweep):
             args = importlib.import_module("eval_linear").parse_args(command[2:])
             assert (args.data, args.seed, args.preset) == (data, 1, "demo")
