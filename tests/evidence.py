@@ -121,7 +121,7 @@ def work(row, seed, args, threads):
     return list(lines.values())
 
 
-def together_with(lines, path):
+def with_earlier(lines, path):
     """Adds to the lines what an earlier table has besides, but of the same row and seed only what is of the same network."""
     earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     new = {(line["row"], line["seed"]): line["found"]["weights_sha256"] for line in lines}
@@ -207,7 +207,7 @@ def main():
                               [(row, seed) for seed in args.seeds for row in args.rows]):
                 pass
     lines = [line for path in sorted(args.out.glob("*/evidence.json")) for line in json.loads(path.read_text())]
-    lines = together_with(lines, args.results / "evidence.jsonl")
+    lines = with_earlier(lines, args.results / "evidence.jsonl")
     lines.sort(key=lambda line: (list(ROWS).index(line["row"]), line["seed"], list(PROTOCOLS).index(line["column"])))
     (args.results / "evidence.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_table(lines, args.results / "evidence.md")

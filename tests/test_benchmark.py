@@ -37,6 +37,7 @@ def test_quick_run_writes_whole_tables(tmp_path):
     assert all(0 < s["min"] <= s["median"] <= s["max"] for s in summaries)
     assert text.read_text().count("not measured yet (") == len(PARTS) - 2
 
+
 def test_peak_memory_is_the_row_s_own():
     """Not that of the larger process that measures it, as getrusage has it."""
     ballast = torch.ones(2**28)  # 1 GiB

@@ -60,10 +60,10 @@ def test_an_earlier_table_stays_but_of_one_row_and_seed_only_with_the_same_netwo
                line("SCFS", 0, "kNN", "c"), line("a row of before", 0, "kNN", "d")]
     (tmp_path / "e.jsonl").write_text("".join(json.dumps(one) + "\n" for one in earlier))
     again = line("SlotCon", 0, "kNN", "a") | {"value": 1.0}
-    assert evidence.together_with([again], tmp_path / "e.jsonl") == [again, *earlier[1:4]]
+    assert evidence.with_earlier([again], tmp_path / "e.jsonl") == [again, *earlier[1:4]]
     other = line("SlotCon", 0, "kNN", "e")
-    assert evidence.together_with([other], tmp_path / "e.jsonl") == [other, *earlier[2:4]]
-    assert evidence.together_with([other], tmp_path / "none") == [other]
+    assert evidence.with_earlier([other], tmp_path / "e.jsonl") == [other, *earlier[2:4]]
+    assert evidence.with_earlier([other], tmp_path / "none") == [other]
 
 
 def test_a_small_table_from_end_to_end_and_no_work_done_twice(tmp_path, monkeypatch, capsys):
