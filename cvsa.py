@@ -512,7 +512,7 @@ def train(args):
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
     parts = {"model": model, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
     for name, part in parts.items() if state else ():
-        part.load_state_dict(state[name])
+        part.load_state_dict(state.pop(name))  # popped: not held in memory any longer
     step = state["step"] if state else 0
     if args.compile:
         model.student.encoder.compile()  # it alone: grad_ratio goes back through the heads twice

@@ -412,7 +412,7 @@ def train_heads(run, net, data, classes, path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             step, looks = state["step"], state["looks"]
             for name, part in parts.items():
-                part.load_state_dict(state[name])
+                part.load_state_dict(state.pop(name))
         except Exception:  # noqa: BLE001 -- a damaged file leads to any of them
             refuse(f"{path} cannot be gone on from, nothing in it was run: start over with --fresh")
         if run.rank == 0:

@@ -232,7 +232,11 @@ class Model(nn.Module):
             if sum(n_queries) < 2:  # batch norm has nothing to normalise with: a zero that still reaches every weight
                 total = total + 0 * (query.sum() + sum(p.sum() for p in self.predictor.parameters()))
                 continue
-            query = self.predictor(query)
+            # where a process has no query, float32 for all: nn.SyncBatchNorm sends its zeros in the input's type, the
+            # others' statistics in float32, and a collective of two types hangs
+            half = torch.is_autocast_enabled(x.device.type) and min(n_queries) > 0
+            with torch.autocast(x.device.type, enabled=half):
+                query = self.predictor(query)
             with torch.autocast(x.device.type, enabled=False):
                 logits = F.normalize(full(query), dim=1) @ key.T / self.tau_c
                 # sum over own queries / mean number of queries a process: averaged over processes it is the global mean
@@ -502,7 +506,7 @@ def train(args):
     optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
     parts = {"model": model, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
     for name, part in parts.items() if state else ():
-        part.load_state_dict(state[name])
+        part.load_state_dict(state.pop(name))  # popped: not held in memory any longer
     step = state["step"] if state else 0
     if args.compile:
         model.student.compile()

@@ -185,7 +185,8 @@ def draw_curves(lines, path):
                 for seed, value in start.items():
                     axis.axhline(value, color="grey", linestyle=":", label=f"{row}, seed {seed}")
         axis.set(title=title, xlabel="epochs", ylabel="kNN top-1, %")
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below: no curve is hidden
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below: no curve is hidden
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 

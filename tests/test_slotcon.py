@@ -178,6 +178,20 @@ def test_no_query_and_one_query(rows):
     assert all((p.grad == 0).all() for p in model.predictor.parameters())
 
 
+@pytest.mark.parametrize("other", [0, 1])
+def test_predictor_is_in_float32_where_another_process_has_no_query(other, monkeypatch):
+    """Of an empty input nn.SyncBatchNorm gathers the input's type, else float32: half precision would mix the two."""
+    monkeypatch.setattr(slotcon, "process", lambda: (0, 2))
+    monkeypatch.setattr(slotcon, "gather", lambda x: torch.stack([x, x * other]))
+    model, seen = slotcon.Model("small", prototypes=4, dim=D, hidden=16), []
+    model.predictor[1].register_forward_pre_hook(lambda module, x: seen.append(x[0].dtype))
+    x, scores = torch.randn(3, D, 2, 2), torch.randn(3, 4, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, queries = model.slot_loss([(x, scores, x, scores)] * 2)
+    loss.backward()
+    assert queries >= 6 * (1 + other) and seen == [torch.bfloat16 if other else torch.float32] * 2
+
+
 def test_loss_at_initialisation_is_2_ln_k():
     torch.manual_seed(0)
     model = slotcon.Model("resnet18", prototypes=256, hidden=512)
