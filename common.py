@@ -184,6 +184,7 @@ def scenes(indices, size, fine=False):
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SPLITS = {"train": ("train", "training", "train2017", "train2014", "train-standard", "2021_train", "2021_train_mini"),
           "val": ("val", "validation", "valid", "val2017", "val2014", "2021_valid", "test")}       # the first there
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp64")
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}         # EXIF orientation: the Image.Transpose that undoes it
 HEADER, PATIENCE, SCENE_BYTES = 2 ** 22, 50, 2 ** 30       # of a cache; unreadable in a row; most to keep of scenes
 
@@ -314,7 +315,7 @@ class Images(torch.utils.data.Dataset):
         canvas = canvas.permute(0, 3, 1, 2) if self.rows is None else canvas.view(n, 3, side, side)  # as it comes
         batch = Batch(canvas, torch.full((n, 2), side), torch.full((n,), -1), mask.permute(0, 3, 1, 2), index, [])
         for row, asked in enumerate(indices):
-            for i in [(asked + k) % len(self) for k in range(min(PATIENCE, len(self)))]:
+            for i in [(asked + k + max(0, k - 30) ** 3) % len(self) for k in range(min(PATIENCE, len(self)))]:
                 try:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")
@@ -411,14 +412,13 @@ def list_folder(root, split, masks):
         images, drawn = inside(os.path.join(base, part))
         return images, os.path.join(above, part) if above else drawn
     base, above = inside(root)
-    parts = {name: next((choice for choice in choices if os.path.isdir(os.path.join(base, choice))), None)
-             for name, choices in SPLITS.items()}
-    parts = {name: part for name, part in parts.items() if part} if parts["train"] else {"train": ""}
+    there = {name.lower(): name for name in os.listdir(base) if os.path.isdir(os.path.join(base, name))}
+    parts = {name: there[choice] for name, choices in SPLITS.items() for choice in choices[::-1] if choice in there}
+    parts = parts if "train" in parts and ("val" in parts or len(there) < 8) else {"train": ""}  # else: a class of it
     if split not in parts:
         return None
     folder, drawn = at(parts[split])
-    if masks:                                    # it may have train/ and val/ of its own
-        drawn = next(filter(os.path.isdir, [os.path.join(masks, parts[split])]), masks)
+    drawn = next(filter(os.path.isdir, [os.path.join(masks, parts[split])]), masks) if masks else drawn  # split or not
     found = sorted(walk(folder))
     if not found:
         raise UserError(f"no images ({' '.join(EXTENSIONS)}) in {folder}, only {sorted(os.listdir(folder))[:5]}")
@@ -460,8 +460,8 @@ def list_torchvision(name, root, split):
         raise UserError(f"torchvision has no data set {name!r} for --data Name:root, but {', '.join(near)}")
     key = next((key for key in ("train", "split", "image_set", "version") if key in takes), None)
     values = [split == "train"] if key == "train" else SPLITS[split] if key else [None] * (split == "train")
-    if name in ("FGVCAircraft", "OxfordIIITPet"):          # as in their published figures
-        values = ["trainval" if split == "train" else "test"]
+    if name in ("FGVCAircraft", "OxfordIIITPet", "Flowers102", "DTD"):     # published figures are of test; the last
+        values = ["trainval", "train"] if split == "train" else ["test"]    # two have no trainval
     for value in values:
         try:
             data = kind(root, **{key: value} if key else {}, **{"download": False} if "download" in takes else {})
@@ -541,11 +541,11 @@ def knn_split(train, val, seed=0, bank=20_000, queries=2_000):
 def fetch(images, order, workers, device, timeout=0):
     """Batches of `images` for the lists of indices in `order`; on CUDA pinned, and copied one batch ahead on a stream
     of their own. Workers are forked, so that they share scenes, labels and maps, and ignore the signals that the loop
-    answers. Tensors come by file descriptor: named files in /dev/shm would outlive a killed run."""
+    answers; 48 at most: tensors come as open files, since names in /dev/shm would outlive a killed run."""
     cuda, handler = torch.device(device).type == "cuda", signal.getsignal(signal.SIGCHLD)
     ignored, named = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), getattr(images, "dataset", images).named
     loader = iter(torch.utils.data.DataLoader(
-        images, batch_sampler=order, collate_fn=lambda batch: batch, num_workers=workers, pin_memory=cuda,
+        images, batch_sampler=order, collate_fn=lambda batch: batch, num_workers=min(workers, 48), pin_memory=cuda,
         worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in ignored], timeout=timeout if workers else 0,
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator()))            # its own: the global one stays as it is, whatever the workers
@@ -592,8 +592,10 @@ def batches(images, *, batch_size, seed, start, stop, rank=0, world=1, workers=0
             for step in group:
                 yield permutation[step % steps * batch_size + rank * rows:][:rows].tolist()
     if dist.is_initialized():                    # each has looked for a checkpoint on its own
-        dist.all_gather_object(starts := [start] * world, start)
-        min(starts) == max(starts) or refuse("processes found different checkpoints: put --out where all nodes see it")
+        dist.all_gather_object(found := [None] * world, (start, getattr(images, "dataset", images).fingerprint))
+        starts, data = map(set, zip(*found))
+        len(starts) == 1 or refuse("processes found different checkpoints: put --out where all nodes see it")
+        len(data) == 1 or refuse("processes found different images: make the copies of --data on the nodes the same")
     yield from fetch(images, order(), workers, device, timeout)
 
 def sequential(images, indices, *, batch_size, workers, device):
@@ -601,9 +603,9 @@ def sequential(images, indices, *, batch_size, workers, device):
     and more than 1 % of all images turn out unreadable; until then the next readable one stands in for each."""
     order, lost = [[int(j) for j in indices[i:i + batch_size]] for i in range(0, len(indices), batch_size)], {}
     for batch in fetch(images, order, workers, device):
-        lost |= dict(batch.unreadable)
-        if len(lost) > max(5, len(images) // 100):
-            refuse(f"{len(lost)} of {len(images)} images cannot be read, mend them: {min(lost.values())}", local=True)
+        lost |= {i: why for i, why in batch.unreadable if i in batch.index}      # not those tried in their stead
+        if len(lost) > max(5, len(indices) // 100):
+            refuse(f"{len(lost)} of {len(indices)} images cannot be read, mend them: {min(lost.values())}", local=True)
         yield batch
 
 # ---- views: boxes, crops, flips, photometry -------------------------------------------------------------------------
@@ -1113,18 +1115,16 @@ def check_args(args):
         refuse("--device cuda: torch sees no CUDA GPU; leave the flag out to train on the CPU")
     if args.device != "cpu" and torch.cuda.is_available() and local > torch.cuda.device_count():
         refuse(f"{local} processes for {torch.cuda.device_count()} GPU(s): lower --nproc_per_node")
-    if args.init and not Path(args.init).is_file():
-        refuse(f"--init {args.init}: no such file")
     if args.init and (arch := arch_of(load_backbone(args.init))) != args.arch:
         refuse(f"--init {args.init} holds a {arch}: give --arch {arch}, not {args.arch}")
+    if args.fresh and local < world and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":  # counted a node alone
+        refuse("--fresh with --max-restarts on several nodes would start over at a restart: remove the folder instead")
     folder = next(f for f in (Path(args.out).absolute(), *Path(args.out).absolute().parents) if f.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         refuse(f"--out {args.out}: {folder} is no folder that can be written to; name another")
 
-PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp64")
-
 def numerics(precision, device, deterministic):
-    """-> dtype of weights and views, dtype of autocast (None: off), gradient scaler (used for fp16 only)."""
+    """-> dtype of weights and views, dtype of autocast (None: off), gradient scaler (fp16 only). No TF32 in fp32."""
     if precision == "auto":
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -1132,7 +1132,7 @@ def numerics(precision, device, deterministic):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = not deterministic, precision != "fp32"
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     return torch.float64 if precision == "fp64" else torch.float32, half, scaler

@@ -24,7 +24,7 @@ little but the object is shared. (b) A loss by which the network finds, in one v
 Choices. Detector: 64 x 64 pixels, ridge, Otsu; under 1 % or over 90 % is no mask: such an image is a plain sample
 and a host. Box: percentiles, padded. Paste: hard edges, the object's aspect in original pixels, covers the host's box,
 skipped if enlarged over 3 times or outside 8-85 % of the host; p is 0.5, lest the edges become a shortcut. Crops: the
-first of ten with 20 % of the object, or the whole host. Masks at the cells are soft, as borders cut cells. Heads d, p:
+first of ten with 20 % of the object, or the whole host. Masks of cells are soft. Residual branches start at 0. d, p:
 BYOL's two layers, cell by cell. tau 0.1: a few cells may win. lambda 1: its gradient starts at 0.2-0.5 of BYOL's.
 Deviations: crops come from a canvas (the whole image resized once to S x S), not the file; blur is a true Gaussian.
 
@@ -121,7 +121,7 @@ class Branch(nn.Module):
 
     def __init__(self, arch, dim, hidden):
         super().__init__()
-        self.encoder = backbone(arch, zero_init_residual=True)
+        self.encoder = backbone(arch, zero_init_residual=True)  # choice
         self.projector, self.dense = head(self.encoder.channels[-1], hidden, dim), None
 
     def forward(self, view):
@@ -474,11 +474,9 @@ def draw(model, teacher, images, indices, path, size, masks="boundary", show=8):
     save_image(torch.cat(tiles).float(), path, nrow=len(indices))
 
 def object_mass(encoder, images, indices, size):
-    """Does the encoder tell the object from the rest? With true masks: object_mass, the share in % of the look (4) of
+    """Does the encoder tell the object from the rest? By true masks: object_mass, the share in % of the look (4) of
     its last map, asked for the mean under the mask itself, that is on the object; object_area: an even look's."""
     _, mask, x = center_views(images, indices, size, encoder, lambda out: out[-1])
-    if not mask.shape[1]:
-        return {}
     mask = F.adaptive_avg_pool2d(((mask > 0) & (mask < 255)).to(x), x.shape[2:])
     mass = attend(x, F.normalize(object_mean(x, mask), dim=1), mask)[2]
     return {"object_mass": 100 * mass.mean().item(), "object_area": 100 * mask.mean().item()}
@@ -514,9 +512,6 @@ def train(args):
     for name, part in parts.items() if state else ():
         part.load_state_dict(state.pop(name))  # popped: not held in memory any longer
     step = state["step"] if state else 0
-    if args.compile:
-        model.student.encoder.compile()  # it alone: grad_ratio goes back through the heads twice
-        teacher.encoder.compile()
     run = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
     # folder, log, signals
@@ -533,10 +528,15 @@ def train(args):
     def look(step):  # rank 0 looks at the student; the others wait for it at the next collective
         if rank:
             return {}
-        draw(model, teacher, images, split[0], out / "pictures" / f"views-{step:07d}.png", args.image_size, args.masks)
+        some = split[0][::len(split[0]) // 8 or 1]  # of several classes: the bank is in the order of the data
+        draw(model, teacher, images, some, out / "pictures" / f"views-{step:07d}.png", args.image_size, args.masks)
         found = knn_probe(model.student.encoder, images, split, args.image_size, device, half, args.workers)
+        if not split[1].has_masks or folder and split[1] is images:  # a folder's masks need not be true
+            return found
         return found | object_mass(model.student.encoder, split[1], split[2][:512], args.image_size)
     at_start = {f"{k}_at_start": v for k, v in look(0).items()} if step == 0 else {}
+    if args.compile:  # after the first look: its batches would make this process's graphs general ones
+        model.student.encoder.compile(), teacher.encoder.compile()  # not the heads: grad_ratio goes back through twice
     unreadable, bad_step = {}, torch.zeros((), dtype=torch.long, device=device)
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)  # this process's rows
     data = batches(images, batch_size=args.batch_size, seed=args.seed, start=step, stop=total, rank=rank, world=world,

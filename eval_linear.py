@@ -587,27 +587,28 @@ def check_masks(images, rows):
     if not images.has_masks:
         refuse(f"{images.name} has no masks: name their folder by --masks, or lay images/ and masks/ side by side")
     for i in tqdm(rows, "masks", leave=False, disable=os.environ.get("RANK", "0") != "0" or None):
-        with contextlib.suppress(OSError, IndexError):  # unreadable: the loader deals with it; scenes: no files
-            sizes = [Image.open(os.fsdecode(files[i])).size for files in (images.files, images.masks)]
-            if sizes[0] not in (sizes[1], sizes[1][::-1]):  # EXIF may turn the image
-                refuse(f"the mask {os.fsdecode(images.masks[i])} is of {sizes[1]} pixels, its image of {sizes[0]}")
+        size = drawn = None
+        with contextlib.suppress(Exception):  # unreadable: the loader deals with it; scenes: no files
+            image, drawn = (Image.open(os.fsdecode(files[i])) for files in (images.files, images.masks))
+            size, drawn = image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size, drawn.size
+        if size and drawn != size:
+            refuse(f"the mask {os.fsdecode(images.masks[i])} is of {drawn} pixels, its image (EXIF applied) of {size}")
 
 def choose_data(args):
-    """-> training images and rows, test images and rows, checked. Without a test split: a seeded tenth; of retrieval
-    and localize, which learn from nothing, the whole."""
+    """-> training images and rows, test images and rows, checked. Without a split, a seeded tenth is the test."""
     train, val = (open_images(args.data, args.canvas, split, args.masks, args.cache) for split in ("train", "val"))
     learns, world = args.protocol not in ("retrieval", "localize"), int(os.environ.get("WORLD_SIZE", "1"))
-    rows, test, asked = [], val or train, list(range(len(val or train)))
-    if learns:
-        rows, test, asked = knn_split(train, val, args.seed, 10 ** 12, 10 ** 12)  # all
+    whole = list(range(learns * len(train))), val or train, list(range(len(val or train)))
+    split = knn_split(train, val, args.seed, 10 ** 12, 10 ** 12) if learns else whole  # all there are
+    rows, test, asked = split if split[1] is whole[1] else whole  # no label in common: masks need none, else refused
     if args.protocol == "segment":
         check_masks(train, rows)
         check_masks(test, asked)
     elif args.protocol == "localize":
         check_masks(test, asked) if not len(test.source.boxes) else None
     elif len(test.classes) < 2 or learns and test.classes != train.classes:
-        refuse(f"--protocol {args.protocol} needs labels, a sub-folder for each class, the same in train/ and val/: "
-               f"{train.name} has {len(train.classes)} classes for training, {len(test.classes)} for the test")
+        refuse(f"--protocol {args.protocol} needs labels, a sub-folder for each class, the same in train/ and val/, or "
+               f"name train/ alone: {train.name} has {len(train.classes)} classes, {len(test.classes)} to test")
     elif learns:
         rows = few_labels(args, train, rows) if args.label_list or args.label_fraction < 1 else rows
         empty = (train.labels[rows].bincount(minlength=len(train.classes)) == 0).nonzero().flatten().tolist()
@@ -635,8 +636,7 @@ NOT_COMPARED = ("data", "cache", "masks", "weights", "workers", "out", "fresh", 
                 "timeout_minutes", "compile", "deterministic", "preset", "label_list", "init")  # no number hangs on it
 
 def main(args):
-    """One evaluation: prints its table and its line of JSON, adds the line to OUT/results.jsonl. -> the line, a dict
-    (None on ranks other than 0)"""
+    """One evaluation: prints its table and its line of JSON, which OUT/results.jsonl gets. -> that line, on rank 0."""
     started = time.time()
     weights = None if args.weights == "random" else load_backbone(args.weights)
     data = choose_data(args)

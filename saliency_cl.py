@@ -21,7 +21,7 @@ pair, and how much each pair's loss counts.
   (8) target    xi <- m xi + (1 - m) theta before it runs; parameters only
 
 Choices. (1): the target's map in eval mode, steadier than the online network's; activation, the simplest; flat for 10 %
-of the steps, when padding makes borders hot. (3): chosen boxes hold about twice the mean saliency yet reach everywhere,
+of the steps, when padding makes borders hot. (3): chosen boxes hold 1.5 times the mean saliency yet reach everywhere,
 or the model would see only what it knows; partners by ORL's rule (NeurIPS 2021), 50 tries for its 200. (4), the recipe:
 BYOL as in [ORL], its public COCO configuration; one predictor and pass for all crops, it has two. (6): mean 1, so that
 loss scale and learning rate stay. K, crop sizes, lambda, gamma. Where in the code: `# choice:`.
@@ -507,9 +507,6 @@ def train(args):
     for name, part in parts.items() if state else ():
         part.load_state_dict(state.pop(name))  # popped: not held in memory any longer
     step = state["step"] if state else 0
-    if args.compile:
-        model.student.encoder.compile(dynamic=False)
-        teacher.encoder.compile(dynamic=False)
     run = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
     # folder, log, signals
@@ -532,6 +529,9 @@ def train(args):
         found = {f"held_out_{name}": value for name, value in found.items()}
         return knn_probe(model.student.encoder, images, split, args.image_size, device, half, args.workers) | found
     at_start = {f"{k}_at_start": v for k, v in look(0).items()} if step == 0 else {}
+    if args.compile:  # after the first look: its batches would make this process's graphs general ones
+        model.student.compile(dynamic=False)  # the branch: kNN, with its own batches, uses the encoder alone
+        teacher.encoder.compile(dynamic=False)
     unreadable, bad_step = {}, torch.zeros((), dtype=torch.long, device=device)
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)  # this process's rows
     data = batches(images, batch_size=args.batch_size, seed=args.seed, start=step, stop=total, rank=rank, world=world,

@@ -504,9 +504,6 @@ def train(args):
     for name, part in parts.items() if state else ():
         part.load_state_dict(state.pop(name))  # popped: not held in memory any longer
     step = state["step"] if state else 0
-    if args.compile:
-        for net in (model.student, teacher, *teacher.stage_heads):
-            net.compile(dynamic=False)  # two sizes of views, a graph for each
     run = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
     # folder, log, signals
@@ -527,6 +524,9 @@ def train(args):
         draw(model, teacher, split[1], split[2], path, args.image_size, args.local_size, args.local_area)
         return knn_probe(teacher.encoder, images, split, args.image_size, device, half, args.workers)
     at_start = {f"{k}_at_start": v for k, v in look(0).items()} if step == 0 else {}
+    if args.compile:  # after the first look: its batches would make this process's graphs general ones
+        for net in (model.student, teacher, *teacher.stage_heads):
+            net.compile(dynamic=False)  # two sizes of views, a graph for each
     unreadable, bad_step = {}, torch.zeros((), dtype=torch.long, device=device)
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)  # this process's rows
     data = batches(images, batch_size=args.batch_size, seed=args.seed, start=step, stop=total, rank=rank, world=world,
@@ -577,7 +577,7 @@ def train(args):
         if constant and args.search == "on":
             log.say(f"warning: the gate of stages {constant} is nearly constant: the search does nothing there")
         if step > total / 10 and min(values["information"], values["feature_spread"]) < 0.05:
-            log.say("warning: all images get nearly the same output, a collapse: lower --tau-t or --lr, or --head-norm")
+            log.say("warning: all images get nearly the same output: lower --tau-t or --lr, or give --head-norm")
         if rank == 0 and (saves or stop):
             state = {"method": "scfs", "step": step, "settings": settings, "shape": shape}
             save_checkpoint(out, state | {name: part.state_dict() for name, part in parts.items()}, teacher.encoder)

@@ -508,9 +508,6 @@ def train(args):
     for name, part in parts.items() if state else ():
         part.load_state_dict(state.pop(name))  # popped: not held in memory any longer
     step = state["step"] if state else 0
-    if args.compile:
-        model.student.compile()
-        teacher.compile()
     run = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
     # folder, log, signals
@@ -532,6 +529,9 @@ def train(args):
         found = knn_probe(teacher.encoder, images, split, args.image_size, device, half, args.workers)
         return found | slot_quality(teacher, *where, args.image_size)
     at_start = {f"{k}_at_start": v for k, v in look(0).items()} if step == 0 else {}
+    if args.compile:  # after the first look: its batches would make this process's graphs general ones
+        model.student.compile()
+        teacher.compile()
     unreadable, bad_step = {}, torch.zeros((), dtype=torch.long, device=device)
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)  # this process's rows
     data = batches(images, batch_size=args.batch_size, seed=args.seed, start=step, stop=total, rank=rank, world=world,

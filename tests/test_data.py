@@ -254,6 +254,28 @@ def test_the_stand_in_brings_its_label_and_mask(tmp_path):
     assert got.label.tolist() == [-1, -1] and not got.canvas.any() and len(got.unreadable) == 2
 
 
+def test_a_long_row_of_unreadable_images_has_a_stand_in_all_the_same(tmp_path):
+    """A disk that was full while files were copied; their neighbours are as empty."""
+    images = common.open_images(str(tree(tmp_path, each=60, splits=("",))), SIDE)
+    images.broken = dict.fromkeys(range(4, 100), "empty")
+    got = images.__getitems__([5, 40])
+    assert got.label.tolist() != [-1, -1] and min(got.label) >= 0 and got.canvas.flatten(1).any(1).all()
+
+
+def test_the_limit_of_unreadable_images_is_of_those_asked_for(tmp_path):
+    """Each of several processes has its share: none may lose more of it than of the whole. What is tried in the stead of
+    an unreadable image, and is unreadable as well, does not count."""
+    save(photo(16, 16), tmp_path / "0.png")
+    for k in range(1, 1200):
+        os.link(tmp_path / "0.png", tmp_path / f"{k}.png")
+    images = common.open_images(str(tmp_path), 8)
+    images.broken = dict.fromkeys(range(1100, 1107), "empty")
+    assert sum(len(b.index) for b in common.sequential(images, range(1200), batch_size=64, workers=0, device="cpu")) == 1200
+    assert len(list(common.sequential(images, [0, 1100, 1101], batch_size=64, workers=0, device="cpu"))) == 1
+    with pytest.raises(common.UserError, match="7 of 120 images"):
+        list(common.sequential(images, range(1050, 1170), batch_size=64, workers=0, device="cpu"))
+
+
 def test_bombs_are_unreadable_and_leave_the_warning_filters_alone(tmp_path, monkeypatch):
     save(photo(40, 50), tmp_path / "a.png")
     save(photo(30, 30), tmp_path / "b.png")
@@ -280,6 +302,21 @@ def test_folder_with_and_without_splits(tmp_path):
     assert same(all_of(below), all_of(train)) and below.fingerprint == train.fingerprint
     assert common.open_images(str(tmp_path / "a/train"), SIDE, "val") is None
     assert all_of(train).mask.shape == (8, 0, SIDE, SIDE)
+
+
+def test_a_class_called_train_and_splits_in_capitals(tmp_path):
+    """CIFAR-100 and DomainNet have trains."""
+    names = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "train"]
+    images = common.open_images(str(tree(tmp_path / "a", names, 1, ("",))), SIDE)
+    assert images.classes == names and len(images) == 8
+    assert common.open_images(str(tmp_path / "a"), SIDE, "val") is None
+    tree(tmp_path / "a", ("ant", "bee"), 2, ("val",))                      # with a val/ beside it, it is the split
+    shutil.rmtree(tmp_path / "a/train")
+    tree(tmp_path / "a", ("ant", "bee"), 2, ("train",))
+    assert common.open_images(str(tmp_path / "a"), SIDE).classes == ["ant", "bee"]
+    tree(tmp_path / "b", splits=("Train", "Val"))
+    train, val = (common.open_images(str(tmp_path / "b"), SIDE, split) for split in ("train", "val"))
+    assert train.classes == val.classes == ["ant", "bee"] and len(train) == len(val) == 8
 
 
 def test_classes_missing_in_val_keep_their_numbers(tmp_path):
@@ -445,6 +482,28 @@ def test_pets_and_aircraft_use_trainval_and_test(tmp_path):
     assert planes.labels.tolist() == [0, 1] and val.labels.tolist() == [0] and planes.classes == ["A", "B"]
 
 
+@pytest.mark.parametrize("name", ["Flowers102", "DTD"])
+def test_flowers_and_textures_are_tested_on_test(tmp_path, monkeypatch, name):
+    asked = []
+
+    class Known:
+        def __init__(self, root, split="train", download=False):
+            asked.append(split)
+            if split not in ("train", "val", "test"):
+                raise ValueError(f"Unknown value '{split}' for argument split.")
+            self._image_files, self._labels = [str(tmp_path / f"{split}{k}.png") for k in range(2)], [0, 1]
+
+        def __len__(self):
+            return 2
+    for split in ("train", "val", "test"):
+        for k in range(2):
+            save(photo(seed=k), tmp_path / f"{split}{k}.png")
+    monkeypatch.setattr(common.torchvision.datasets, name, Known)
+    train, test = (common.open_images(f"{name}:{tmp_path}", SIDE, split) for split in ("train", "val"))
+    assert asked == ["trainval", "train", "test"]
+    assert name_of(train, 0) == "train0.png" and name_of(test, 0) == "test0.png"
+
+
 def test_inaturalist_is_sorted(tmp_path):
     for version, names in (("2021_train", "cab"), ("2021_valid", "x")):
         for name in names:
@@ -500,6 +559,22 @@ def test_order_depends_on_seed_and_global_batch_alone(tmp_path):
     assert all(len(set(e)) == 16 for e in epochs) and epochs[0] != epochs[1] != epochs[2]
     assert steps(images, seed=4)[0].index.tolist() != whole[0].index.tolist()
     assert all(b.label.tolist() == images.labels[b.index].tolist() for b in whole)
+
+
+def test_processes_with_different_data_are_told_so(tmp_path, monkeypatch):
+    """A copy of the data that was cut short on one of the nodes: they would train on, each on its own permutation."""
+    images = common.open_images(str(tree(tmp_path)), SIDE)
+
+    def gathered(found, mine):
+        found[:] = [mine, (mine[0], other)]
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 0)):
+        monkeypatch.setattr(common.dist, name, lambda value=value: value)
+    monkeypatch.setattr(common.dist, "all_gather_object", gathered)
+    other = images.fingerprint
+    assert len(steps(images, batch_size=4, stop=1, world=2)[0].index) == 2
+    other = "another"
+    with pytest.raises(common.UserError, match="different images"):
+        steps(images, batch_size=4, stop=1, world=2)
 
 
 def test_the_global_generator_is_left_alone(tmp_path):

@@ -458,6 +458,37 @@ def test_data_that_does_not_fit_is_refused(folder, tmp_path):
         run(folder, tmp_path / "out", "linear", "--weights", tmp_path / "none.pth")
 
 
+def test_the_val_folder_is_the_test_whatever_its_folders_are_called(tmp_path):
+    """Folders of cities share no name: masks need no classes. Where labels are needed, a val/ without them is refused
+    instead of being left out for a tenth of train/."""
+    pixels, mask = np.zeros((32, 32, 3), np.uint8), np.ones((32, 32), np.uint8)
+    names = [*(f"train/{city}/{i}.png" for city in ("aachen", "bonn") for i in range(9)), *(f"val/ulm/{i}.png" for i in range(3))]
+    write(tmp_path / "streets" / "images", [pixels] * 21, names)
+    write(tmp_path / "streets" / "masks", [mask] * 21, names)
+    _, rows, test, asked = ev.choose_data(ev.parse_args([*TINY, "--data", str(tmp_path / "streets"), "--protocol", "segment"]))
+    assert (rows, asked) == (list(range(18)), list(range(3))) and "/val/ulm/" in os.fsdecode(test.files[0])
+    write(tmp_path / "flat", [pixels] * 21, [name.replace("val/ulm", "val") for name in names])
+    for protocol in ("linear", "knn", "finetune"):
+        with pytest.raises(UserError, match="2 classes, 0 to test"):
+            ev.choose_data(ev.parse_args([*TINY, "--data", str(tmp_path / "flat"), "--protocol", protocol]))
+    ev.choose_data(ev.parse_args([*TINY, "--data", str(tmp_path / "flat" / "train"), "--protocol", "linear"]))
+
+
+def test_masks_fit_images_as_exif_turns_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, size in (("good", (24, 40)), ("raw", (40, 24))):
+        for i in range(20):
+            for kind in ("images", "masks"):
+                (tmp_path / name / kind).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 24)).save(tmp_path / name / "images" / f"{i}.jpg", exif=exif)
+            Image.new("L", size, 1).save(tmp_path / name / "masks" / f"{i}.png")
+    argv = [*TINY, "--protocol", "segment", "--data"]
+    ev.choose_data(ev.parse_args([*argv, str(tmp_path / "good")]))
+    with pytest.raises(UserError, match=r"is of \(40, 24\) pixels, its image \(EXIF applied\) of \(24, 40\)"):
+        ev.choose_data(ev.parse_args([*argv, str(tmp_path / "raw")]))
+
+
 def test_test_images_that_cannot_be_read_stop_the_evaluation(folder, tmp_path, capsys):
     """One is named and its neighbour stands in; more than five and 1 % are no measurement."""
     shutil.copytree(folder, tmp_path / "data")

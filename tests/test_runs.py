@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import skimage
+import torch
 import torchvision
 from launch import (
     METHODS,
@@ -85,6 +86,28 @@ def test_the_same_command_again_and_fresh(script, out):
     said = Run(script, flags(script, out, "--fresh", "--workers", 2)).wait()
     assert "goes on" not in said and steps_of(out) == list(range(1, 11))
     assert_same_tensors(out, reference(script))
+
+
+def test_fresh_is_refused_where_a_restart_would_start_over(monkeypatch):
+    """torchrun counts a restart only on the node whose process died: the others' processes would take it for the first
+    start and remove the run. On one node the count is right."""
+    argv = ["--preset", "demo", "--batch-size", "16", "--fresh"]
+    for world, restarts in (("4", "0"), ("2", "3"), ("4", "3")):
+        for name, value in (("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", "2"), ("TORCHELASTIC_MAX_RESTARTS", restarts)):
+            monkeypatch.setenv(name, value)
+        if (world, restarts) == ("4", "3"):
+            with pytest.raises(common.UserError, match="remove the folder"):
+                importlib.import_module("slotcon").parse_args(argv)
+            argv.pop()
+        importlib.import_module("slotcon").parse_args(argv)
+
+
+def test_fp32_is_no_tf32():
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    for precision in ("bf16", "fp32", "fp16"):
+        common.numerics(precision, torch.device("cpu"), False)
+        assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
 
 
 @each
