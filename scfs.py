@@ -256,7 +256,7 @@ class Model(nn.Module):
         bytes = 206 MB; without a gradient, freed before the next stage."""
         keys = keys.unflatten(0, (2, b))[:self.searched]  # V B C h w
         with torch.autocast(crops.device.type, enabled=False):
-            gate = search(crops.unflatten(0, (-1, b)), keys, self.gate)
+            gate = search(crops.unflatten(0, (-1, b)), keys, self.gate).contiguous()  # or m.flatten would copy M
         m = gate.to(keys.dtype)[:, :, :, None] * keys[:, None]  # V K B C h w
         return head(m.flatten(0, 2)).unflatten(0, gate.shape[:3]), gate
 
