@@ -186,7 +186,7 @@ SPLITS = {"train": ("train", "training", "train2017", "train2014", "train-standa
           "val": ("val", "validation", "valid", "val2017", "val2014", "2021_valid", "test")}       # the first there
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp64")
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}         # EXIF orientation: the Image.Transpose that undoes it
-HEADER, PATIENCE, SCENE_BYTES = 2 ** 22, 50, 2 ** 30       # of a cache; unreadable in a row; most to keep of scenes
+HEADER, PATIENCE, SCENE_BYTES = 2 ** 22, 50, 2 ** 30       # of a cache; tried for an unreadable; most kept of scenes
 
 class UserError(Exception):
     """A user's mistake: one line that says what is wrong and what to do. Scripts print it and exit with status 2."""
@@ -343,7 +343,7 @@ class Images(torch.utils.data.Dataset):
 
     def pack(self, path):
         """From now on reads the file `path`: a line of JSON padded to HEADER bytes, then a `record` an image. Where
-        there is none, all cores pack it first, and processes that come meanwhile wait. UserError for other data's."""
+        there is none, up to 48 cores pack it, and processes that come meanwhile wait. UserError for other data's."""
         head = {"version": 1, "images": len(self), "canvas": self.canvas, "masks": self.has_masks,
                 "fingerprint": self.fingerprint, "bytes": HEADER + len(self) * self.record.itemsize}
         if not os.path.exists(path):
@@ -412,9 +412,9 @@ def list_folder(root, split, masks):
         images, drawn = inside(os.path.join(base, part))
         return images, os.path.join(above, part) if above else drawn
     base, above = inside(root)
-    there = {name.lower(): name for name in os.listdir(base) if os.path.isdir(os.path.join(base, name))}
-    parts = {name: there[choice] for name, choices in SPLITS.items() for choice in choices[::-1] if choice in there}
-    parts = parts if "train" in parts and ("val" in parts or len(there) < 8) else {"train": ""}  # else: a class of it
+    there = {n.lower(): n for n in sorted(e.name for e in os.scandir(base) if e.is_dir() and e.name[0] != ".")}
+    parts = {name: there[n] for name, choices in SPLITS.items() for n in choices[::-1] if n in there}  # or are classes
+    parts = parts if len(parts) == 2 or parts.get("train") in SPLITS["train"][len(there) > 7:] else {"train": ""}
     if split not in parts:
         return None
     folder, drawn = at(parts[split])
@@ -599,12 +599,12 @@ def batches(images, *, batch_size, seed, start, stop, rank=0, world=1, workers=0
     yield from fetch(images, order(), workers, device, timeout)
 
 def sequential(images, indices, *, batch_size, workers, device):
-    """The images of `indices` in this order, for evaluation; the last batch may be short. UserError when more than 5
-    and more than 1 % of all images turn out unreadable; until then the next readable one stands in for each."""
+    """The images of `indices` in this order, for evaluation; the last batch may be short. UserError when over 5 and over
+    1 % of them (a sample: and 4 deviations) turn out unreadable; until then a readable one stands in for each."""
     order, lost = [[int(j) for j in indices[i:i + batch_size]] for i in range(0, len(indices), batch_size)], {}
     for batch in fetch(images, order, workers, device):
         lost |= {i: why for i, why in batch.unreadable if i in batch.index}      # not those tried in their stead
-        if len(lost) > max(5, len(indices) // 100):
+        if len(lost) > max(5, min(len(images), len(indices) + 40 * len(indices) ** 0.5) / 100):
             refuse(f"{len(lost)} of {len(indices)} images cannot be read, mend them: {min(lost.values())}", local=True)
         yield batch
 
@@ -1118,7 +1118,7 @@ def check_args(args):
     if args.init and (arch := arch_of(load_backbone(args.init))) != args.arch:
         refuse(f"--init {args.init} holds a {arch}: give --arch {arch}, not {args.arch}")
     if args.fresh and local < world and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":  # counted a node alone
-        refuse("--fresh with --max-restarts on several nodes would start over at a restart: remove the folder instead")
+        refuse("--fresh with --max-restarts on several nodes would start over each time: remove the .pt files instead")
     folder = next(f for f in (Path(args.out).absolute(), *Path(args.out).absolute().parents) if f.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         refuse(f"--out {args.out}: {folder} is no folder that can be written to; name another")

@@ -590,7 +590,7 @@ def check_masks(images, rows):
         size = drawn = None
         with contextlib.suppress(Exception):  # unreadable: the loader deals with it; scenes: no files
             image, drawn = (Image.open(os.fsdecode(files[i])) for files in (images.files, images.masks))
-            size, drawn = image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size, drawn.size
+            size, drawn = image.size[::-1 if Image.Image.getexif(image).get(0x0112) in range(5, 9) else 1], drawn.size
         if size and drawn != size:
             refuse(f"the mask {os.fsdecode(images.masks[i])} is of {drawn} pixels, its image (EXIF applied) of {size}")
 

@@ -92,7 +92,7 @@ def parse_args(argv=None):
     g.add_argument("--arch", choices=ARCHS, help="encoder f")
     g.add_argument("--dim", type=int, help="D, width of projections and predictions")
     g.add_argument("--hidden", type=int, help="hidden width of projector g and predictor q")
-    g.add_argument("--saliency", choices=SALIENCY, default="activation", help="(1); agreement: with the mean; controls")
+    g.add_argument("--saliency", choices=SALIENCY, default="activation", help="(1), agreement with the mean, controls")
     g.add_argument("--saliency-warmup", type=float, default=0.1, help="share of the steps at the start with a flat map")
     g.add_argument("--crop-saliency", action=argparse.BooleanOptionalAction, default=True, help="choose c_k by it")
     g.add_argument("--weight-saliency", action=argparse.BooleanOptionalAction, default=True, help="weigh pairs by it")

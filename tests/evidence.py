@@ -140,13 +140,13 @@ def write_table(lines, path):
     seeds = sorted({line["seed"] for line in lines})
     machine = f"{platform.machine()}, {os.cpu_count()} cores; torch {torch.__version__}, torchvision {torchvision.__version__}"
     how = (f"`python tests/evidence.py`; seeds {', '.join(map(str, seeds))}; every trained row has seen 10,000 images as many "
-           f"times as the table says; mean ± sample deviation where a row has several seeds; {machine}.")
+           f"times as the table says; mean ± sample deviation, without ± one seed only; {machine}.")
     text = [how]
     for data in ("scenes", "scenes-fine"):
         here = [line for line in lines if line["data"] == data]
         columns = [c for c in PROTOCOLS if any(line["column"] == c for line in here)]
         epochs = ", ".join(sorted({f"{line['epochs']:g} epochs" for line in here if line["train"]}))
-        text += ["", f"| `{data}`, {epochs} | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+        text += ["", f"| `{data}`, {epochs} | number of seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
         for row in ROWS:
             mine = [line for line in here if line["row"] == row]
             if mine:

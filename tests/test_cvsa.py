@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torchvision.utils import save_image
 
@@ -287,6 +288,26 @@ def test_a_folder_of_masks_belongs_to_a_folder_of_images(tmp_path):
     for data in ("scenes-fine:16", f"ImageFolder:{tmp_path / 'images'}"):
         with pytest.raises(UserError, match="without --masks"):
             cvsa.train(cvsa.parse_args(["--data", data, "--preset", "demo", "--masks", str(tmp_path), "--out", str(tmp_path / "out")]))
+
+
+def test_looks_are_of_spread_images_and_of_true_masks_alone(tmp_path, monkeypatch):
+    """Folders and CUB come class by class: the first eight images would be of one class. The masks of --masks may be a
+    detector's, and are read in another way: where they are all there are, nothing is said of the object."""
+    seen = []
+    monkeypatch.setattr(cvsa, "draw", lambda model, teacher, images, indices, *more: seen.append((images, list(indices)[:8])))
+    canvas, masks, _, _ = common.scenes(range(24), 32, fine=True)
+    for name, part in (("images", canvas / 255), ("given", (masks > 0).float())):
+        (tmp_path / name).mkdir()
+        for i in range(24):
+            save_image(part[i], tmp_path / name / f"{i:02d}.png")
+    for i in range(24):
+        Image.open(tmp_path / "given" / f"{i:02d}.png").convert("L").save(tmp_path / "given" / f"{i:02d}.png")
+    for name, more, known in (("a", ["--data", "scenes-fine:24"], True),
+                              ("b", ["--data", str(tmp_path / "images"), "--masks", str(tmp_path / "given")], False)):
+        cvsa.train(cvsa.parse_args([*more, "--preset", "demo", "--image-size", "32", "--canvas", "32", "--batch-size", "8", "--steps",
+                                    "1", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / name)]))
+        assert ("object_mass" in (tmp_path / name / "log.jsonl").read_text()) == known
+    assert all(indices[7] >= 14 for _, indices in seen) and len(seen) == 4
 
 
 def test_boxes_and_rejection():

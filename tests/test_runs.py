@@ -96,7 +96,7 @@ def test_fresh_is_refused_where_a_restart_would_start_over(monkeypatch):
         for name, value in (("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", "2"), ("TORCHELASTIC_MAX_RESTARTS", restarts)):
             monkeypatch.setenv(name, value)
         if (world, restarts) == ("4", "3"):
-            with pytest.raises(common.UserError, match="remove the folder"):
+            with pytest.raises(common.UserError, match="remove the .pt files"):
                 importlib.import_module("slotcon").parse_args(argv)
             argv.pop()
         importlib.import_module("slotcon").parse_args(argv)
