@@ -599,7 +599,7 @@ def batches(images, *, batch_size, seed, start, stop, rank=0, world=1, workers=0
     yield from fetch(images, order(), workers, device, timeout)
 
 def sequential(images, indices, *, batch_size, workers, device):
-    """The images of `indices` in this order, for evaluation; the last batch may be short. UserError when over 5 and over
+    """Batches of `indices` in order, for evaluation; the last may be short. UserError when over 5 and over
     1 % of them (a sample: and 4 deviations) turn out unreadable; until then a readable one stands in for each."""
     order, lost = [[int(j) for j in indices[i:i + batch_size]] for i in range(0, len(indices), batch_size)], {}
     for batch in fetch(images, order, workers, device):
