@@ -253,7 +253,7 @@ class Images(torch.utils.data.Dataset):
     """Canvases of the images of one or several listed sources; a DataLoader gets a `Batch` for a list of indices.
     name, canvas (side in pixels), classes (names, empty without), has_masks, fingerprint (sha256 over sorted names and
     sizes, wherever the root lies). Scenes are drawn once, when asked for, into memory that forked workers share. For an
-    image that cannot be read the next readable one stands in, and it is reported."""
+    image that cannot be read the next readable one, or after 30 one further on, stands in, and it is reported."""
 
     def __init__(self, name, canvas, sources):
         self.name, self.canvas, self.source, self.rows, self.broken = name, canvas, sources[0], None, {}
@@ -413,9 +413,9 @@ def list_folder(root, split, masks):
         return images, os.path.join(above, part) if above else drawn
     base, above = inside(root)
     there = {n.lower(): n for n in sorted(e.name for e in os.scandir(base) if e.is_dir() and e.name[0] != ".")}
-    parts = {name: there[n] for name, choices in SPLITS.items() for n in choices[::-1] if n in there}  # or are classes
-    parts = parts if len(parts) == 2 or parts.get("train") in SPLITS["train"][len(there) > 7:] else {"train": ""}
-    if split not in parts:
+    parts = {name: there[n] for name, choices in SPLITS.items() for n in choices[::-1] if n in there}
+    known = SPLITS["train"] if len(there) < 8 else SPLITS["train"][1:]   # among many, without a val, train is a class
+    if split not in (parts := parts if len(parts) == 2 or parts.get("train") in known else {"train": ""}):
         return None
     folder, drawn = at(parts[split])
     drawn = next(filter(os.path.isdir, [os.path.join(masks, parts[split])]), masks) if masks else drawn  # split or not
@@ -1117,7 +1117,7 @@ def check_args(args):
         refuse(f"{local} processes for {torch.cuda.device_count()} GPU(s): lower --nproc_per_node")
     if args.init and (arch := arch_of(load_backbone(args.init))) != args.arch:
         refuse(f"--init {args.init} holds a {arch}: give --arch {arch}, not {args.arch}")
-    if args.fresh and local < world and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":  # counted a node alone
+    if args.fresh and local < world and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         refuse("--fresh with --max-restarts on several nodes would start over each time: remove the .pt files instead")
     folder = next(f for f in (Path(args.out).absolute(), *Path(args.out).absolute().parents) if f.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):

@@ -588,7 +588,7 @@ def check_masks(images, rows):
         refuse(f"{images.name} has no masks: name their folder by --masks, or lay images/ and masks/ side by side")
     for i in tqdm(rows, "masks", leave=False, disable=os.environ.get("RANK", "0") != "0" or None):
         size = drawn = None
-        with contextlib.suppress(Exception):  # unreadable: the loader deals with it; scenes: no files
+        with contextlib.suppress(Exception):  # unreadable: the loader's; scenes: no files. PNG's own getexif decodes
             image, drawn = (Image.open(os.fsdecode(files[i])) for files in (images.files, images.masks))
             size, drawn = image.size[::-1 if Image.Image.getexif(image).get(0x0112) in range(5, 9) else 1], drawn.size
         if size and drawn != size:

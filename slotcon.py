@@ -232,8 +232,8 @@ class Model(nn.Module):
             if sum(n_queries) < 2:  # batch norm has nothing to normalise with: a zero that still reaches every weight
                 total = total + 0 * (query.sum() + sum(p.sum() for p in self.predictor.parameters()))
                 continue
-            # where a process has no query, float32 for all: nn.SyncBatchNorm sends its zeros in the input's type, the
-            # others' statistics in float32, and a collective of two types hangs
+            # where a process has no query, float32 for all: nn.SyncBatchNorm gathers its zeros in the input's type, the
+            # others' statistics in float32, and one collective cannot hold both
             half = torch.is_autocast_enabled(x.device.type) and min(n_queries) > 0
             with torch.autocast(x.device.type, enabled=half):
                 query = self.predictor(query)
