@@ -217,7 +217,7 @@ class Model(nn.Module):
 def gauges(targets):
     """Collapse: the deviation of the teacher's unit projections over the batch; 1: spread out, 0: all the same."""
     y = F.normalize(gather(torch.cat([full(y) for _, y, _ in targets])).flatten(0, 1), dim=1)
-    return {"spread": y.var(0, correction=0).sum().sqrt()}
+    return {"feature_spread": y.var(0, correction=0).sum().sqrt()}
 
 # ------------------------------------------------------------------------------------------------- masks, swaps, views
 
@@ -582,7 +582,7 @@ def train(args):
                   "lr": lr, "momentum": momentum, "grad_norm": grad_norm, **gauges(targets),
                   "usable_masks": shares[0], "swapped": shares[1], "unreadable": lost, **log.rates(device)}
         log.line(values | (at_start if step == 1 else {}) | (look(step) if looks else {}))
-        if values["spread"] < 0.1:
+        if values["feature_spread"] < 0.1:
             log.say("warning: all projections are the same, BYOL has collapsed: lower --lr or raise --momentum")
         gap = values.get("loss_align_shuffled", 9.0) - values.get("loss_align", 0.0)
         if step > total / 4 and gap < 0.01 and values["pairs"] > 0.2:

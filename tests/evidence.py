@@ -55,7 +55,7 @@ ROWS = {  # data, script, its flags; in the order of the table
     "CVSA, true masks": ("scenes-fine", "cvsa.py", "--masks truth"),
 }
 EPOCHS = {"scenes": 3.0, "scenes-fine": 4.0}  # of 10,000 images, as the demos that are made for them
-RATES = (0.03, 0.1, 0.3, 1.0)  # few labels: of the backbone; the best on the test images counts, for every row alike
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0)  # few labels: of the backbone; the best on the test images counts, for every row alike
 PROTOCOLS = {  # the column: flags, the measure, the data it is for; few labels: more epochs, 180 and 140 steps
     "kNN": ("--protocol knn", "top1_k20", ""),
     "linear": ("--protocol linear", "top1", ""),

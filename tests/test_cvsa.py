@@ -497,5 +497,5 @@ def test_two_processes_give_the_global_loss(tmp_path):
 
 def test_collapse_gauge():
     y = torch.randn(64, 16).double()
-    assert cvsa.gauges([(None, y, None)] * 2)["spread"] > 0.95
-    assert cvsa.gauges([(None, torch.ones(64, 16) + 1e-3 * y, None)] * 2)["spread"] < 0.01
+    assert cvsa.gauges([(None, y, None)] * 2)["feature_spread"] > 0.95
+    assert cvsa.gauges([(None, torch.ones(64, 16) + 1e-3 * y, None)] * 2)["feature_spread"] < 0.01
