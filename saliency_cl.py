@@ -580,7 +580,7 @@ def train(args):
         seen = [gather(x).flatten(0, 1) for x in (s, pairs, weights, candidates, batch.mask)]  # of all processes
         z = gather(F.normalize(full(targets[0]), dim=1)).flatten(0, 1)
         values = {"step": step, "epoch": step / epoch, **{k: gather(v.detach()).mean() for k, v in losses.items()},
-                  **gauges(*seen), "feature_spread": z.var(0, correction=0).sum().sqrt(),  # v_1's targets; 1: all over
+                  **gauges(*seen), "feature_spread": z.var(0, correction=0).sum().sqrt(),  # of v_1; 1: spread out
                   "lr": lr, "momentum": momentum, "grad_norm": grad_norm, "unreadable": lost, **log.rates(device)}
         log.line(values | (at_start if step == 1 else {}) | (look(step) if looks else {}))
         if values["feature_spread"] < 0.1:
