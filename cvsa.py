@@ -84,7 +84,7 @@ def parse_args(argv=None):
     g.add_argument("--canvas", type=int, help="side S of the square each image is resized to; larger: sharper crops")
     g.add_argument("--crop-area", type=float, nargs=2, default=[0.2, 1.0], metavar=("MIN", "MAX"), help="of a view")
     g.add_argument("--blur", type=float, default=2.0, help="largest sigma in pixels; 2 is meant for 224-pixel views")
-    g.add_argument("--workers", type=int, help="decoding processes beside each process; default its share of the cores")
+    g.add_argument("--workers", type=int, help="decoding processes each; default a process's cores less one, at most 8")
     g = p.add_argument_group("method")
     g.add_argument("--preset", choices=PRESETS, help="a recipe: demo without data, finegrained with; any flag beats it")
     g.add_argument("--arch", choices=ARCHS, help="encoder f")
@@ -102,7 +102,7 @@ def parse_args(argv=None):
     if min(args.dim, args.hidden, args.dense_hidden, args.tau) <= 0:
         refuse("--dim, --hidden, --dense-hidden and --tau must be above 0")
     if max(args.swap_prob, args.momentum) > 1 or not 0 < args.crop_area[0] <= args.crop_area[1] <= 1:
-        refuse("--swap-prob and --momentum lie in 0..1, and so does --crop-area MIN MAX")
+        refuse("--swap-prob and --momentum lie in 0..1, 0 < MIN <= MAX <= 1 in --crop-area")
     if args.masks not in ("boundary", "truth") and not Path(args.masks).is_dir():
         refuse(f"--masks {args.masks}: no such folder; give boundary, truth or a folder of PNGs named as the images")
     args.mask_crop = args.mask_crop or ("on" if args.swap_prob or args.align_weight else "off")

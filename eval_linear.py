@@ -91,7 +91,7 @@ def parse_args(argv=None):
     g.add_argument("--image-size", type=int, help="side of a view; tests resize the shorter side to 256/224 of it")
     g.add_argument("--canvas", type=int, help="side S of the square each image is resized to; larger: sharper crops")
     g.add_argument("--crop-area", type=float, nargs=2, metavar=("MIN", "MAX"), help="a training crop's share")
-    g.add_argument("--workers", type=int, help="decoding processes beside each process; default its share of the cores")
+    g.add_argument("--workers", type=int, help="decoding processes each; default a process's cores less one, at most 8")
     g = p.add_argument_group("method")
     g.add_argument("--preset", choices=PRESETS, help="a recipe: demo without data, else by protocol; any flag beats it")
     g.add_argument("--lrs", type=float, nargs="+", help="linear, segment: the sweep; x batch / 256; fewer: less memory")

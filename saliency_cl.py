@@ -86,7 +86,7 @@ def parse_args(argv=None):
     g.add_argument("--canvas", type=int, help="side S of the square each image is resized to; larger: sharper crops")
     g.add_argument("--crop-area", type=float, nargs=2, metavar=("MIN", "MAX"), help="share of v_1, v_2 in the image")
     g.add_argument("--blur", type=float, default=2.0, help="largest sigma in pixels; 2 is meant for 224-pixel views")
-    g.add_argument("--workers", type=int, help="decoding processes beside each process; default its share of the cores")
+    g.add_argument("--workers", type=int, help="decoding processes each; default a process's cores less one, at most 8")
     g = p.add_argument_group("method")
     g.add_argument("--preset", choices=PRESETS, help="a recipe: demo without data, coco with; any flag beats it")
     g.add_argument("--arch", choices=ARCHS, help="encoder f")

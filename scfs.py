@@ -22,7 +22,8 @@ goes through the teacher's head and is what this very crop has to predict. It is
 Traps of the original, handled here: a checkpoint restores all centres; a batch of one map; the stop at a loss that is
 not finite; all is seeded. Kept, as the published figures come from it: only view 1 is searched (--search-views), its
 targets have no centre (--search-center), the gate A is a bare cosine (--gate), each tensor's gradient is clipped alone.
-Deviations: crops come from a canvas (the whole image resized once to S x S), not the file; blur is a true Gaussian.
+Deviations: crops come from a canvas (the whole image resized once to S x S), not the file; blur is a true Gaussian;
+the four colour operations come in one order a step and view; bf16 where it is fast, the release fp16 (--precision).
 Controls: --stages '' is DINO; --search off adds (2) alone; --search uniform sets A = 1.
 
   python scfs.py                                                       no data: embedded scenes, minutes; see runs/
@@ -90,7 +91,7 @@ def parse_args(argv=None):
     g.add_argument("--local-area", type=float, nargs=2, metavar=("MIN", "MAX"), help="a local view's")
     g.add_argument("--local-crops", type=int, help="K, local views an image")
     g.add_argument("--blur", type=float, default=2.0, help="largest sigma in pixels; 2 is meant for 224-pixel views")
-    g.add_argument("--workers", type=int, help="decoding processes beside each process; default its share of the cores")
+    g.add_argument("--workers", type=int, help="decoding processes each; default a process's cores less one, at most 8")
     g = p.add_argument_group("method")
     g.add_argument("--preset", choices=PRESETS, help="a recipe: demo, with data imagenet-200ep; any flag beats it")
     g.add_argument("--arch", choices=ARCHS, help="encoder")
@@ -116,10 +117,15 @@ def parse_args(argv=None):
         refuse("--local-size, --local-crops, --out-dim, --hidden, --dim, --tau-s and --tau-t must be above 0")
     fits = all(0 < least <= most <= 1 for least, most in (args.crop_area, args.local_area))
     if max(args.center_momentum, args.momentum) > 1 or not fits:
-        refuse("--center-momentum and --momentum lie in 0..1, and so do --crop-area and --local-area MIN MAX")
-    if not {*args.stages.split(",")} <= {*"1234", ""}:
+        refuse("--center-momentum and --momentum lie in 0..1, 0 < MIN <= MAX <= 1 in --crop-area and --local-area")
+    if args.stages and not {*args.stages.split(",")} <= {*"1234"}:
         refuse(f"--stages {args.stages}: name some of 1,2,3,4 with commas between, as in 2,3,4")
     args.stages = sorted({int(i) for i in args.stages if i != ","})
+    search = args.search if args.stages else "off"
+    if search != "on" and args.gate != "cosine":
+        refuse("--gate has nothing to do: it is how a search looks, --search on with some --stages")
+    if search == "off" and (args.search_center or args.search_views == "both"):
+        refuse("--search-center and --search-views have nothing to do without (4): --search on, some --stages")
     return args
 
 # ----------------------------------------------------------------------------------------------------------- the method
@@ -457,7 +463,8 @@ class Log:
 @torch.no_grad()
 def draw(model, teacher, images, indices, path, size, local_size, local_area, show=6, crops=2):
     """A column for each of some local crops: the image with the crop's outline, the crop and, a row for each stage, the
-    image lit where the search looks for it; dark to light is the stage's smallest to largest A in this picture."""
+    image lit where the search looks for it (with --search off, would look); dark to light is the stage's smallest to
+    largest A in this picture."""
     view, _, _ = center_views(images, indices[:show], size, teacher.encoder, lambda maps: maps[-1])
     view = view.repeat_interleave(crops, 0)  # N 3 H W
     box = random_boxes(uniforms(0, 0, len(view), RRC_COLUMNS), torch.full((len(view), 2), size), local_area)
@@ -471,7 +478,7 @@ def draw(model, teacher, images, indices, path, size, local_size, local_area, sh
     rows = [torch.where(outline, view.new_tensor([1.0, 0.1, 0.1])[:, None, None], view), F.interpolate(local, size)]
     for i in model.stages:
         gate = search(maps[0][i - 1][None], maps[1][i - 1][None], model.gate)[0, 0].cpu()  # N h w
-        light = (gate - gate.min()) / (gate.max() - gate.min()).clamp_min(1e-6)
+        light = (gate - gate.min()) / (gate.max() - gate.min()).clamp_min(1e-6) if model.gate != "uniform" else gate
         rows.append(view * (0.1 + 0.9 * F.interpolate(light[:, None], size=size, mode="bilinear")))
     save_image(torch.cat(rows), path, nrow=len(view))
 

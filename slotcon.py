@@ -16,8 +16,8 @@ batch (contrast).
   (3) group    H(1->2) = - mean over cells of softmax((t~_2 - c) / tau_t) . log softmax(s~_1 / tau_s)
                L_group = H(1->2) + H(2->1);  ~: inverse augmentation, the region that both views show, mirrored back, so
                that cell p is the same place
-  (4) contrast C(1->2): cross-entropy of finding r_2[k] with h(q_1[k]) / tau_c among the slots present in the teacher's
-               views of all images of all processes, over the k that win a cell in both views
+  (4) contrast C(1->2): cross-entropy of finding r_2[k] by cos(h(q_1[k]), r) / tau_c among the slots r present in the
+               teacher's view 2 of all images of all processes, over the k that win a cell in both views
                L_slot = 2 tau_c (C(1->2) + C(2->1))
   (5) total    L = w L_group + (1 - w) L_slot, w = 0.5
   (6) centre   c <- 0.9 c + 0.1 mean of t_1 and t_2 over images and cells, after the loss
@@ -26,13 +26,14 @@ batch (contrast).
 Traps of the original, handled here: an image whose views share nothing scores 0 everywhere, as RoIAlign gives, and
 counts in the mean; no or one query row, on which batch norm fails, is a zero term; every loss is a mean over the
 *global* batch (the release averages each process's own queries); the step counter is in the checkpoint.
-Deviations: crops come from a canvas (the whole image resized once to S x S), not the file; blur is a true Gaussian.
+Deviations: crops come from a canvas (the whole image resized once to S x S), not the file; blur is a true Gaussian;
+the four colour operations come in one order a step and view; bf16 where it is fast, the release fp16 (--precision).
 
   python slotcon.py                                                    no data: embedded scenes, minutes; see runs/
   python slotcon.py --data /data/coco/train2017                        one GPU, the release's COCO recipe, batch 512
   torchrun --nproc_per_node=8 slotcon.py --data /data/coco/train2017   eight GPUs: the same batch, the same numbers
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 slotcon.py --data ...  two nodes
-At the start L_group is 2 ln K (11.09 for K = 256) and L_slot about 0.8 ln(number of keys).
+At the start L_group is 2 ln K (11.09 for K = 256) and L_slot near 4 tau_c ln(number of keys).
 """
 import argparse
 import copy
@@ -86,7 +87,7 @@ def parse_args(argv=None):
     g.add_argument("--canvas", type=int, help="side S of the square each image is resized to; larger: sharper crops")
     g.add_argument("--crop-area", type=float, nargs=2, metavar=("MIN", "MAX"), help="a view's share of the image")
     g.add_argument("--blur", type=float, default=2.0, help="largest sigma in pixels; 2 is meant for 224-pixel views")
-    g.add_argument("--workers", type=int, help="decoding processes beside each process; default its share of the cores")
+    g.add_argument("--workers", type=int, help="decoding processes each; default a process's cores less one, at most 8")
     g = p.add_argument_group("method")
     g.add_argument("--preset", choices=PRESETS, help="a recipe: demo without data, coco with; any flag beats it")
     g.add_argument("--arch", choices=ARCHS, help="encoder f")
@@ -105,7 +106,7 @@ def parse_args(argv=None):
         refuse("--prototypes, --dim, --hidden, --tau-s, --tau-t and --tau-c must be above 0")
     least, most = args.crop_area
     if max(args.group_weight, args.center_momentum, args.momentum) > 1 or not 0 < least <= most <= 1:
-        refuse("--group-weight, --center-momentum and --momentum lie in 0..1, and so does --crop-area MIN MAX")
+        refuse("--group-weight, --center-momentum and --momentum lie in 0..1, 0 < MIN <= MAX <= 1 in --crop-area")
     return args
 
 # ----------------------------------------------------------------------------------------------------------- the method
@@ -251,7 +252,8 @@ class Model(nn.Module):
 
 @torch.no_grad()
 def gauges(targets, center, tau_t):
-    """Grouping or collapse: slots an image, |c|, prototypes in use, teacher's entropy in nats (ln K: no grouping)."""
+    """Grouping or collapse, of the teacher: slots a view, |c|, prototypes in use, entropy in nats with the centre after
+    the step (ln K: no grouping)."""
     there = torch.cat([present(t) for _, t in targets])
     p = [F.softmax((t - center[:, None, None]) / tau_t, dim=1) for _, t in targets]
     entropy = torch.stack([-(q * q.clamp_min(1e-12).log()).sum(1).mean() for q in p]).mean()
@@ -576,7 +578,7 @@ def train(args):
                   "no_overlap": gather(missed.to(dtype)).mean(), "unreadable": lost, **log.rates(device)}
         log.line(values | (at_start if step == 1 else {}) | (look(step) if looks else {}))
         if values["slots_per_image"] < 1.05 and args.prototypes > 1:
-            log.say("warning: one prototype takes everything, the slots have collapsed: lower --lr or raise --tau-t")
+            log.say("warning: one prototype takes each whole view: lower --lr, raise --tau-t (or maps are too small)")
         if step > total / 4 and values["teacher_entropy"] > 0.98 * math.log(args.prototypes) > 0:
             log.say("warning: no prototype specialises, the teacher is still uniform: lower --tau-t or train longer")
         if rank == 0 and (saves or stop):

@@ -418,10 +418,17 @@ def test_draw(tmp_path):
     assert read_image(str(tmp_path / "a.png")).shape == (3, 5 * 34 + 2, 6 * 34 + 2)  # view, crop, three stages
     assert all(torch.equal(a[k], b[k]) for a, b in zip(before, (model.state_dict(), teacher.state_dict())) for k in a)
     assert model.training and teacher.training and torch.equal(random, torch.get_rng_state())
+    model.gate = "uniform"  # looks everywhere: the rows of the stages are the images as they are
+    scfs.draw(model, teacher, images, range(8), tmp_path / "b.png", 32, 16, (0.1, 0.3), show=3, crops=2)
+    image, _, *stages = (row.int() for row in read_image(str(tmp_path / "b.png"))[:, 2:].split(34, 1))
+    outline = ((image - stages[0]).abs() > 1).any(0)
+    assert all(torch.equal(stages[0], stage) for stage in stages[1:]) and 0 < outline.float().mean() < 0.2
 
 
 @pytest.mark.parametrize("words", ["--stages 2,5", "--stages two", "--local-crops 0", "--tau-t 0 0.1", "--local-area 0.3 0.1",
-                                   "--crop-area 0 1", "--momentum 1.5", "--search maybe", "--out-dim 0"])
+                                   "--crop-area 0 1", "--momentum 1.5", "--search maybe", "--out-dim 0", "--stages ,",
+                                   "--gate softmax --search uniform", "--gate softmax --search off", "--gate softmax --stages=",
+                                   "--search-center --search off", "--search-views both --stages="])
 def test_refused(words):
     with pytest.raises(UserError) as error:
         scfs.parse_args(words.split())
