@@ -2,7 +2,7 @@
 
 Paper: Chen, Wang, Tang, Zhu, Yang, Bai, Zhao, Qi, Ouyang, 2023 (arXiv 2302.11461). No code is public; at hand were the
 idea and the gains of the abstract (ImageNet linear +1.1 points, fine-tuned on 1 % of labels +4.3, on 10 % +2.2, over a
-baseline it does not name). So this implements the idea, not the recipe; `# choice:` marks what had to be decided.
+baseline it does not name). So this implements the idea, not the recipe; what had to be decided is listed below.
 
 The idea. Two random crops of a scene often show two different things. The learner's own features tell, while it learns,
 which regions are distinct: this saliency says where crops are taken, a crop and its close neighbour being a positive
@@ -21,11 +21,12 @@ pair, and how much each pair's loss counts.
   (8) target    xi <- m xi + (1 - m) theta before it runs; parameters only
 
 Choices. (1): the target's map in eval mode, steadier than the online network's; activation, the simplest; flat for 10 %
-of the steps, when padding makes borders hot. (3): chosen boxes hold 1.5 times the mean saliency yet reach everywhere,
-or the model would see only what it knows; partners by ORL's rule (NeurIPS 2021), 50 tries for its 200. (4), the recipe:
-BYOL as in [ORL], its public COCO configuration; one predictor and pass for all crops, it has two. (6): mean 1, so that
-loss scale and learning rate stay. K, crop sizes, lambda, gamma. Where in the code: `# choice:`.
-Deviations: crops come from a canvas (the whole image resized once to S x S), not the file, by bicubic; true Gaussians.
+of the steps, when padding makes borders hot. (3): M = 50, areas and T, so that chosen boxes hold 1.5 times the mean
+saliency yet reach everywhere, or the model would see only what it knows; partners as in ORL (Xie et al., NeurIPS 2021),
+50 tries for its 200. (4), the recipe: BYOL as in ORL's public COCO configuration; one predictor and pass for all crops,
+it has two; running statistics of v_1, v_2 only; infonce's negatives. (6): mean 1, so that loss scale and learning rate
+stay. K, crop sizes, lambda, gamma. Deviations: crops come from a canvas (the whole image resized once to S x S), not
+the file, by bicubic; true Gaussians; the four colour operations come in one order a step and view.
 Small crops help by themselves: the control of every claim is B1, as many at random places with weights 1.
   B1  --saliency none               A1  --no-weight-saliency     C1  --saliency shuffled   another image's map
   A2  --no-crop-saliency            A3  (no flag: the method)    C2  --saliency inverted   C3  --saliency truth  masks
@@ -67,7 +68,7 @@ from common import (  # isort: skip
 
 ORL = {"arch": "resnet50", "image_size": 224, "canvas": 512, "batch_size": 512, "epochs": 800.0, "optimizer": "sgd",
        "lr": 0.2, "weight_decay": 1e-4, "warmup_epochs": 4.0, "dim": 256, "hidden": 4096, "crop_size": 96,
-       "crop_area": [0.08, 1.0], "momentum": 0.99, "save_every": 1000, "log_every": 50, "knn_every": 10.0}  # [ORL]
+       "crop_area": [0.08, 1.0], "momentum": 0.99, "save_every": 1000, "log_every": 50, "knn_every": 10.0}  # ORL's
 PRESETS = {  # choice: infonce in the demo; in its few minutes byol learns little (figures in the README)
     "demo": {"arch": "small", "image_size": 64, "canvas": 96, "batch_size": 32, "epochs": 3.0, "optimizer": "adamw",
              "lr": 8e-3, "final_lr": 0.0, "weight_decay": 0.01, "warmup_epochs": 0.3, "dim": 128, "hidden": 512,
@@ -99,7 +100,7 @@ def parse_args(argv=None):
     g.add_argument("--crops", type=int, default=2, help="K, pairs of crops an image; a single one always has weight 1")
     g.add_argument("--crop-size", type=int, help="side of such a crop in pixels")
     g.add_argument("--box-area", type=float, nargs=2, default=[0.05, 0.3], metavar=("MIN", "MAX"), help="share of c_k")
-    g.add_argument("--box-temperature", type=float, default=0.1, help="T in (3); high: random; 0.05, the least: peaks")
+    g.add_argument("--box-temperature", type=float, default=0.1, help="T in (3), 0.05 and above; lower: peaks")
     g.add_argument("--gamma", type=float, default=1.0, help="in (6): how sharply weights follow saliency")
     g.add_argument("--crop-weight", type=float, default=1.0, help="lambda in (7)")
     g.add_argument("--loss", choices=("byol", "infonce"), default="byol", help="(4): without or with negatives")
@@ -109,7 +110,7 @@ def parse_args(argv=None):
     args = parse_preset(p, argv, PRESETS, "coco", "saliency_cl")
     if min(args.dim, args.hidden, args.crop_size, args.crops, args.temperature) <= 0 or (
             args.box_temperature < 0.05 or max(args.crops, args.gamma) > 50):  # M boxes; 0 ^ gamma without underflow
-        refuse("--dim --hidden --crop-size --temperature above 0; --box-temperature 0.05 or more, --crops --gamma < 51")
+        refuse("--dim --hidden --crop-size --temperature above 0, --box-temperature 0.05 or more, K 1..50, gamma 0..50")
     if max(args.momentum, args.saliency_warmup, *args.crop_area, *args.box_area) > 1 or not (
             0 < args.crop_area[0] <= args.crop_area[1] and 0 < args.box_area[0] <= args.box_area[1]):
         refuse("--momentum and --saliency-warmup lie in 0..1, 0 < MIN <= MAX <= 1 in --crop-area, --box-area")
@@ -251,7 +252,7 @@ class Model(nn.Module):
     def forward(self, views, crops, targets, crop_targets, weights):
         """-> dict of scalars: loss (7), loss_global and loss_crops, its two terms before lambda."""
         p = torch.stack([self.predictor(self.student(view)) for view in views])  # two passes: statistics are per view
-        track(self, False)  # choice: running statistics are of whole views, which the exported encoder will see
+        track(self, False)  # choice: running statistics are of v_1, v_2 alone, which are like what is seen later
         q = self.predictor(self.student(crops))
         track(self, True)
         with torch.autocast(crops.device.type, enabled=False):
@@ -557,7 +558,7 @@ def train(args):
         with torch.autocast(device.type, half, enabled=half is not None):
             with torch.no_grad():
                 targets = [teacher(view) for view in views]
-                track(teacher, False)  # only whole views make the statistics by which the map is seen
+                track(teacher, False)  # only v_1, v_2 make the statistics by which the map is seen
                 crop_targets = teacher(crops)
                 track(teacher, True)
             losses = run(views, crops, targets, crop_targets, weights)
@@ -589,8 +590,7 @@ def train(args):
             log.say("warning: all saliency maps are alike, a prior of place and not of objects: see pictures/")
         if rank == 0 and (saves or stop):
             state = {"method": "saliency_cl", "step": step, "settings": settings, "shape": shape}
-            state |= {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(out, state, model.student.encoder)
+            save_checkpoint(out, state | {k: part.state_dict() for k, part in parts.items()}, model.student.encoder)
         if stop:
             log.say(f"{signal.Signals(stop).name}: saved at step {step}, the same command goes on from there")
             sys.exit(128 + stop)

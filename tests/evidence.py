@@ -50,6 +50,7 @@ ROWS = {  # data, script, its flags; in the order of the table
     "CVSA": ("scenes-fine", "cvsa.py", ""),
     "BYOL": ("scenes-fine", "cvsa.py", "--swap-prob 0 --align-weight 0"),
     "BYOL + mask-aware crops": ("scenes-fine", "cvsa.py", "--swap-prob 0 --align-weight 0 --mask-crop on"),
+    # swaps and alignment bring mask-aware crops with them: the row above is what they are added to
     "BYOL + swap": ("scenes-fine", "cvsa.py", "--align-weight 0"),
     "BYOL + alignment": ("scenes-fine", "cvsa.py", "--swap-prob 0"),
     "CVSA, true masks": ("scenes-fine", "cvsa.py", "--masks truth"),
@@ -140,7 +141,8 @@ def write_table(lines, path):
     seeds = sorted({line["seed"] for line in lines})
     machine = f"{platform.machine()}, {os.cpu_count()} cores; torch {torch.__version__}, torchvision {torchvision.__version__}"
     how = (f"`python tests/evidence.py`; seeds {', '.join(map(str, seeds))}; every trained row has seen 10,000 images as many "
-           f"times as the table says; mean ± sample deviation, without ± one seed only; {machine}.")
+           f"times as the table says; mean ± sample deviation, without ± one seed only; BYOL + swap and + alignment have mask-aware crops, "
+           f"too; {machine}.")
     text = [how]
     for data in ("scenes", "scenes-fine"):
         here = [line for line in lines if line["data"] == data]

@@ -395,7 +395,7 @@ def test_no_saliency_equals_both_uses_switched_off(photographs, tmp_path):
 
 
 @pytest.mark.parametrize("flags, remedy", [
-    (["--crops", "0"], "above 0"), (["--crops", "51"], "< 51"), (["--box-temperature", "0.01"], "0.05 or more"), (["--box-area", "0.5", "0.2"], "0..1")])
+    (["--crops", "0"], "above 0"), (["--crops", "51"], "K 1..50"), (["--gamma", "50.5"], "gamma 0..50"), (["--box-temperature", "0.01"], "0.05 or more"), (["--box-area", "0.5", "0.2"], "0..1")])
 def test_refusals(flags, remedy):
     with pytest.raises(UserError, match=remedy):
         saliency_cl.parse_args(flags)
