@@ -179,8 +179,7 @@ def scenes(indices, size, fine=False):
     boxes[seen.amax((2, 3)) == 0] = float("nan")
     return image.clamp_(0, 1).mul_(255).round_().to(torch.uint8), masks, torch.from_numpy(label), boxes
 
-# ----------------------------------------------------
-
+# ---- images: sources, canvases, their order and their loading --------------------------------------------------------
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SPLITS = {"train": ("train", "training", "train2017", "train2014", "train-standard", "2021_train", "2021_train_mini"),
           "val": ("val", "validation", "valid", "val2017", "val2014", "2021_valid", "test")}       # the first there
@@ -335,7 +334,7 @@ class Images(torch.utils.data.Dataset):
             found = self._draw([index])[-1][0]
             return found[~found.isnan().any(1)]
         batch = self.__getitems__([index])
-        if index < len(self.source.boxes):       # in pixels
+        if index < len(self.source.boxes) and not batch.unreadable:      # in pixels of this image, not of a stand-in
             return torch.from_numpy(self.source.boxes[index][None]) / batch.size[0].flip(0).repeat(2)
         found = [[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] for value in batch.mask.unique().tolist()
                  if 0 < value < 255 for ys, xs in [(batch.mask[0, 0] == value).nonzero().T]]
@@ -360,11 +359,11 @@ class Images(torch.utils.data.Dataset):
                         raise
         with open(path, "rb") as file:
             line = file.read(HEADER).rstrip(b"\0")
-        found = json.loads(line) | {"bytes": os.path.getsize(path)} if line[:2] + line[-1:] == b'{"}' else {}
+        found = json.loads(line) | {"bytes": os.path.getsize(path)} if re.fullmatch(rb'{"version": .+}', line) else {}
         for key, value in head.items():
             if found.get(key) != value:
                 raise UserError(f"the cache {path} was packed for {key} {found.get(key)}, the data has {key} {value}: "
-                                "delete the file, or name another")
+                                "name another file, or delete this one if it is a cache")
         self.rows, self.broken = np.memmap(path, self.record, "r", HEADER, len(self)), dict(found["unreadable"])
 
     def _fill(self, path, head):
@@ -433,45 +432,45 @@ def list_folder(root, split, masks):
 def list_cub(root, split, masks):
     """CUB-200-2011's layout, and NABirds', whose class numbers have gaps: labels are their ranks."""
     def table(name):
-        if not os.path.isfile(os.path.join(root, f"{name}.txt")):
-            return {}
-        with open(os.path.join(root, f"{name}.txt")) as lines:
-            return dict(line.strip().split(maxsplit=1) for line in lines if line.strip())
+        path = Path(root, f"{name}.txt")
+        lines = path.read_text().split("\n") if path.is_file() else []
+        return dict(line.strip().split(maxsplit=1) for line in lines if line.strip())
     try:
         files, kind, train, title = map(table, ("images", "image_class_labels", "train_test_split", "classes"))
         ids, boxes = sorted((i for i in files if int(train[i]) == (split == "train")), key=files.get), []
         kinds = sorted(set(kind.values()), key=int)
         labels = [kinds.index(kind[i]) for i in ids]
         if corners := table("bounding_boxes"):   # x y width height in pixels
-            boxes = np.array([corners[i].split() for i in ids], np.float32)
-            boxes[:, 2:] += boxes[:, :2]
+            boxes = np.array([corners[i].split() for i in ids], np.float32).reshape(-1, 2, 2).cumsum(1).reshape(-1, 4)
     except (KeyError, ValueError) as error:
         raise UserError(f"the tables in {root} do not fit together ({error}): unpack the data set anew") from error
     return listed(os.path.join(root, "images"), [files[i] for i in ids], labels, [title.get(k, k) for k in kinds],
-                  masks, boxes=boxes)
+                  masks, boxes=boxes) if ids or split == "train" else None
 
 def list_torchvision(name, root, split):
     """A data set class of torchvision whose files are on the disk: nothing is ever downloaded."""
-    known, root, data, why = torchvision.datasets.__all__, os.path.abspath(root), None, ""
+    known, root, data, why = torchvision.datasets.__all__, os.path.abspath(root), None, None
     kind = getattr(torchvision.datasets, name) if name in known else None
     takes = inspect.signature(kind.__init__).parameters if kind else {}
-    if "root" not in takes:
-        near = difflib.get_close_matches(name, known, 4, 0.4) or ["STL10", "CIFAR10", "Food101"]
+    if "root" not in takes or name == "VisionDataset":
+        near = difflib.get_close_matches(name, {*known} - {name}, 4, 0.4) or ["STL10", "CIFAR10", "Food101"]
         raise UserError(f"torchvision has no data set {name!r} for --data Name:root, but {', '.join(near)}")
     key = next((key for key in ("train", "split", "image_set", "version") if key in takes), None)
     values = [split == "train"] if key == "train" else SPLITS[split] if key else [None] * (split == "train")
-    if name in ("FGVCAircraft", "OxfordIIITPet", "Flowers102", "DTD"):     # published figures are of test; the last
-        values = ["trainval", "train"] if split == "train" else ["test"]    # two have no trainval
+    learns = {"FGVCAircraft": "trainval", "OxfordIIITPet": "trainval", "Flowers102": "train", "DTD": "train"}.get(name)
+    values = [learns if split == "train" else "test"] if learns else values  # as published; two have no trainval
     for value in values:
         try:
             data = kind(root, **{key: value} if key else {}, **{"download": False} if "download" in takes else {})
             break
         except Exception as error:               # noqa: BLE001 - each class has its own way to say what is missing
-            why = why or ("" if "Unknown value" in str(error) else " ".join(str(error).split()))
-    if data is None and split == "val":
-        return None
+            why = why or ("" if "Unknown value" in str(error) else " ".join(str(error).split()) or repr(error))
+    if data is None and split == "train":
+        raise UserError(f"{name} cannot be opened in {root} ({why or 'no such split'}): put its files there")
     if data is None:
-        raise UserError(f"{name} cannot be opened in {root} ({why}): put its files there as torchvision expects them")
+        if why and os.environ.get("RANK", "0") == "0":
+            print(f"{name}: no test images, a tenth of the training's stands in ({why})", file=sys.stderr)
+        return None
     def column(types, *attributes):              # the first that has a value of these types for every image
         for items in (getattr(data, attribute, ()) for attribute in attributes):
             items = items.tolist() if hasattr(items, "tolist") else items
@@ -507,7 +506,7 @@ def open_images(spec, canvas, split="train", masks="", cache=""):
         sources = [listed("", [], [-1] * n, [f"scene class {k}" for k in range(SCENE_CLASSES)],
                           scene=(first, fine), digest=f"{scene[1] or 'scenes'} {first} {n} version {2 - fine}")]
     try:
-        for part in [] if scene else spec.split(","):
+        for part in [] if scene else [spec] if os.path.isdir(spec) else spec.split(","):
             tables = [os.path.join(part, f"{t}.txt") for t in ("images", "image_class_labels", "train_test_split")]
             if os.path.isdir(part):
                 sources.append((list_cub if all(map(os.path.isfile, tables)) else list_folder)(part, split, masks))
@@ -515,8 +514,7 @@ def open_images(spec, canvas, split="train", masks="", cache=""):
                 sources.append(list_torchvision(*named.groups(), split))
             else:
                 raise UserError(f"no folder {part!r}: --data takes one; without --masks scenes[-fine][:N] or Name:root")
-        sources = [source for source in sources if source]
-        images = Images(spec or "scenes", canvas, sources) if sources else None
+        images = Images(spec or "scenes", canvas, found) if (found := [*filter(None, sources)]) else None
         if images and cache:
             images.pack(cache if split == "train" else "{}.val{}".format(*os.path.splitext(cache)))
     except OSError as error:
@@ -926,9 +924,8 @@ def find_backbone(checkpoint, source):
 def save_backbone(path, net):
     """Writes the backbone in `net`, bare or wrapped, in torchvision's keys as contiguous float32 CPU tensors; beside
     `path` first and then renamed, so that `path` is never half a file."""
-    state = find_backbone(net.state_dict(), type(net).__name__)
     state = {k: (v.float() if v.is_floating_point() else v).clone(memory_format=torch.contiguous_format)
-             for k, v in state.items()}
+             for k, v in find_backbone(net.state_dict(), type(net).__name__).items()}
     torch.save(state, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
@@ -1204,9 +1201,12 @@ def run_script(train, parse_args):
         train(parse_args())
         if dist.is_initialized():
             dist.destroy_process_group()         # not after an error: NCCL would wait for the others
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        why = "no room left in --out" if isinstance(error, RuntimeError) else error     # torch.save's words say less
         if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "local", isinstance(error, OSError)):
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
         sys.exit(2)
     finally:
         for worker in torch.multiprocessing.active_children():       # they ignore SIGTERM, with which the interpreter

@@ -2,7 +2,7 @@
 
   --protocol   what is done with the weights                                            what is reported, in %
   linear       a linear head on the frozen backbone's pooled features, random crops     top-1 and top-5 of each rate at
-               and flips; a sweep of rates trained side by side on the same features    the last epoch, the best named
+               and flips; a sweep of rates trained side by side on the same features    the end (--median), the best
   knn          weighted kNN of the test images among the training images                top-1 for each k
   finetune     all weights trained, the backbone at one rate, the head at another, on   top-1, top-5: the median of the
                a share of the labels, a list of files or everything                     last --median epochs
@@ -415,8 +415,7 @@ def train_heads(run, net, data, classes, path):
                 part.load_state_dict(state.pop(name))
         except Exception:  # noqa: BLE001 -- a damaged file leads to any of them
             refuse(f"{path} cannot be gone on from, nothing in it was run: start over with --fresh")
-        if run.rank == 0:
-            print(f"goes on from step {step} of {total}: --fresh starts over", file=sys.stderr)
+        None if run.rank else print(f"goes on from step {step} of {total}: --fresh starts over", file=sys.stderr)
     if args.compile:
         model.encoder.compile()
     signals, unreadable, bad_step = heed_signals(), {}, torch.zeros((), dtype=torch.long, device=run.device)
@@ -456,15 +455,14 @@ def train_heads(run, net, data, classes, path):
         saves = step == total or step % args.save_every == 0
         if not saves and step % args.log_every:
             continue
-        stop, _ = agree(signals, bad_step, unreadable, len(train))
+        stop, _ = agree(signals, bad_step, unreadable, len(rows))
         bar.set_postfix(loss=f"{gather(losses.detach()).mean(0).nan_to_num(math.inf).min().item():.4g}")
         if run.rank == 0 and (saves or stop):
             state = {name: part.state_dict() for name, part in parts.items()}
             torch.save(state | {"step": step, "looks": looks}, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
         if stop:
-            if run.rank == 0:
-                print(f"stopped and saved at step {step}, the same command goes on from there", file=sys.stderr)
+            None if run.rank else print(f"saved at step {step}, the same command goes on from there", file=sys.stderr)
             sys.exit(128 + stop)
     bar.close()
     sweep = [{"lr": lr} | {k: float(np.median([look[i][k] for look in looks])) for k in looks[0][i]}
@@ -553,11 +551,10 @@ def localize(run, net, images, rows, path, show=8):
             for color, b in (("lime", truth[i]), ("red", boxes[i:i + 1])):
                 pair = draw_bounding_boxes(pair, b * (view.shape[-1] - 1), colors=color) if len(b) else pair
             drawn.append(pair / 255)
-    if run.rank == 0:
-        save_image(torch.stack(drawn), path, nrow=len(drawn))
     counts = gather(counts.to(run.device)).sum(0).cpu()
     rates = (100 * counts[:-1].double() / counts[-1]).tolist()
     best = max(range(len(LEVELS)), key=lambda i: rates[1 + i])
+    save_image(torch.stack(drawn), path, nrow=len(drawn)) if run.rank == 0 else None
     return {"corloc": rates[0], "maxboxacc": rates[1 + best], "at_threshold": LEVELS[best], "peak_in_box": rates[-1],
             "images_with_boxes": int(counts[-1])} if counts[-1] else refuse("no test image has a true box")
 
@@ -567,7 +564,7 @@ def few_labels(args, images, rows):
     """The rows that finetune learns from: --label-fraction, as many of each class (fewer where it has not so many), or
     --label-list, images whose name, with or without its folder, stands in the file."""
     if args.label_list:
-        wanted, place = set(Path(args.label_list).read_text().split("\n")) - {""}, {}
+        wanted, place = set(Path(args.label_list).read_text(errors="surrogateescape").split("\n")) - {""}, {}
         for row in rows if len(images.files) else ():
             parts = os.fsdecode(images.files[row]).split(os.sep)
             for name in ("/".join(parts[-n:]) for n in (1, 2)):
@@ -595,7 +592,8 @@ def check_masks(images, rows):
             refuse(f"the mask {os.fsdecode(images.masks[i])} is of {drawn} pixels, its image (EXIF applied) of {size}")
 
 def choose_data(args):
-    """-> training images and rows, test images and rows, checked. Without a split, a seeded tenth is the test."""
+    """-> training images and rows, test images and rows, checked. Without a split a seeded tenth is the test; retrieval
+    and localize, which learn nothing, take all."""
     train, val = (open_images(args.data, args.canvas, split, args.masks, args.cache) for split in ("train", "val"))
     learns, world = args.protocol not in ("retrieval", "localize"), int(os.environ.get("WORLD_SIZE", "1"))
     whole = list(range(learns * len(train))), val or train, list(range(len(val or train)))
@@ -683,17 +681,19 @@ def main(args):
             found = {f"top1_k{k}": 100 * (vote == y).double().mean().item() for k, vote in zip(args.k, votes)}
         elif run.rank == 0:
             found = retrieval_scores(x, y, device)
+    lost = int(gather(torch.tensor(sum(len(images.named) for images in {data[0], data[2]}), device=device)).sum())
     if run.rank:
         return None
     line = {"protocol": args.protocol, "weights": args.weights, "arch": args.arch, "data": args.data or "scenes",
             **found, "seed": args.seed, **identity, "training_images": len(data[1]), "test_images": len(data[3]),
             "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}, "device": device.type,
             "precision": str(run.half or run.dtype)[6:], "processes": run.world,
-            "seconds": round(time.time() - started, 1), "settings": settings}
+            "seconds": round(time.time() - started, 1), "unreadable": lost, "settings": settings}
+    text = (f"{args.protocol} of {args.weights} ({args.arch}) on {line['data']}, {len(data[1])} images to learn from, "
+            f"{len(data[3])} to test\n{table(found)}\n{json.dumps(line)}")  # first, as the disk may be full
+    print(text.encode(errors="backslashreplace").decode(), flush=True)  # a path need not be text
     with open(out / "results.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-    print(f"{args.protocol} of {args.weights} ({args.arch}) on {line['data']}, {len(data[1])} images to learn from, "
-          f"{len(data[3])} to test\n{table(found)}\n{json.dumps(line)}", flush=True)
     return line
 
 if __name__ == "__main__":

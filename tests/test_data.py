@@ -387,6 +387,8 @@ def test_sources_joined_by_a_comma(tmp_path):
     other = common.open_images(f"{a},{c}", SIDE)
     assert other.labels.tolist() == [-1] * 10 and other.classes == []
     assert (all_of(other).label == -1).all() and other.fingerprint != both.fingerprint
+    tree(tmp_path / "a, b")  # no list: a folder of this name
+    assert len(common.open_images(str(tmp_path / "a, b"), SIDE)) == 8
 
 
 def test_cub_layout(tmp_path):
@@ -403,6 +405,16 @@ def test_cub_layout(tmp_path):
     assert [name_of(images, k, 2) for images in (train, val) for k in (0, 1)] == [files[k] for k in (1, 0, 2, 3)]
     assert train.labels.tolist() == val.labels.tolist() == [0, 1] and train.classes == ["Auk, little", "Crow"]
     assert torch.allclose(train.boxes(1), torch.tensor([[0.1, 0.1, 0.3, 0.6]]))
+    whole = (tmp_path / "images" / files[0]).read_bytes()
+    (tmp_path / "images" / files[0]).write_bytes(b"x")  # a stand-in has another size: no box in its pixels
+    assert len(common.open_images(str(tmp_path), SIDE).boxes(1)) == 0
+    (tmp_path / "images" / files[0]).write_bytes(whole)
+    (tmp_path / "train_test_split.txt").write_text("".join(f"id-{k} 1\n" for k in range(4)))
+    assert common.open_images(str(tmp_path), SIDE, "val") is None and len(common.open_images(str(tmp_path), SIDE)) == 4
+    (tmp_path / "train_test_split.txt").write_text("".join(f"id-{k} 0\n" for k in range(4)))
+    with pytest.raises(common.UserError, match="no image"):
+        common.open_images(str(tmp_path), SIDE)
+    (tmp_path / "train_test_split.txt").write_text("id-0 1\nid-1 1\nid-2 0\nid-3 0\n")
     (tmp_path / "images" / files[0]).unlink()
     with pytest.raises(common.UserError, match="1 of 2 images are missing"):
         common.open_images(str(tmp_path), SIDE)
@@ -467,7 +479,7 @@ def test_voc(tmp_path):
     assert torch.allclose(train.boxes(0), torch.tensor([[0.25, 0.25, 0.5, 0.5]]))
 
 
-def test_pets_and_aircraft_use_trainval_and_test(tmp_path):
+def test_pets_and_aircraft_use_trainval_and_test(tmp_path, capsys):
     trimap = np.full((48, 64), 2, np.uint8)
     trimap[10:30, 10:30], trimap[12:28, 12:28] = 3, 1
     root = tmp_path / "oxford-iiit-pet"
@@ -487,6 +499,12 @@ def test_pets_and_aircraft_use_trainval_and_test(tmp_path):
         (root / f"images_variant_{split}.txt").write_text(lines + "\n")
     planes, val = (common.open_images(f"FGVCAircraft:{tmp_path}", SIDE, split) for split in ("train", "val"))
     assert planes.labels.tolist() == [0, 1] and val.labels.tolist() == [0] and planes.classes == ["A", "B"]
+    (root / "images_variant_test.txt").unlink()
+    assert common.open_images(f"FGVCAircraft:{tmp_path}", SIDE, "val") is None
+    assert "FGVCAircraft: no test images" in capsys.readouterr().err
+    (root / "images_variant_trainval.txt").unlink()  # there is a train, but published figures learn from more
+    with pytest.raises(common.UserError, match="images_variant_trainval"):
+        common.open_images(f"FGVCAircraft:{tmp_path}", SIDE)
 
 
 @pytest.mark.parametrize("name", ["Flowers102", "DTD"])
@@ -507,7 +525,7 @@ def test_flowers_and_textures_are_tested_on_test(tmp_path, monkeypatch, name):
             save(photo(seed=k), tmp_path / f"{split}{k}.png")
     monkeypatch.setattr(common.torchvision.datasets, name, Known)
     train, test = (common.open_images(f"{name}:{tmp_path}", SIDE, split) for split in ("train", "val"))
-    assert asked == ["trainval", "train", "test"]
+    assert asked == ["train", "test"]
     assert name_of(train, 0) == "train0.png" and name_of(test, 0) == "test0.png"
 
 
@@ -674,9 +692,10 @@ def test_cache_of_other_data_is_refused(tmp_path):
     (root / "train/ant/0.jpg").unlink()
     with pytest.raises(common.UserError, match="images 8.*images 7"):
         common.open_images(str(root), SIDE, cache=cache)
-    (tmp_path / "c").write_text("something else")
-    with pytest.raises(common.UserError, match="delete"):
-        common.open_images(str(root), SIDE, cache=cache)
+    for other in ("something else", '{"a": 1}\n{"b": 2}', '{"a": 1}'):
+        (tmp_path / "c").write_text(other)
+        with pytest.raises(common.UserError, match="version None.*delete this one if it is a cache"):
+            common.open_images(str(root), SIDE, cache=cache)
     with pytest.raises(common.UserError, match="nowhere"):
         common.open_images(str(root), SIDE, cache=str(tmp_path / "nowhere/c"))
 
@@ -735,6 +754,7 @@ def test_processes_that_pack_at_once(tmp_path):
 @pytest.mark.parametrize("spec, words", [
     ("nowhere", "no folder 'nowhere'.*--data takes"), ("STL11:.", "STL10"), ("STL10:.", "STL10 cannot be opened"),
     ("VOCSegmentation:.", "VOCSegmentation cannot be opened"), ("FakeData:.", "Name:root"),
+    ("VisionDataset:.", "Name:root"), ("EMNIST:.", "no such split"),
     ("CocoDetection:.", "annFile"), ("scenes:0", "no image"), ("scenes:many", "torchvision has no data set 'scenes'"),
     (",", "no folder ''"), ("empty", "no images.*notes.txt"), ("notes", "notes"), ("damaged", "do not fit together")])
 def test_mistakes_end_in_one_line(tmp_path, monkeypatch, spec, words):

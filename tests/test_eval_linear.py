@@ -295,9 +295,10 @@ def test_label_fraction_is_balanced_and_seeded_and_lists_are_kept(folder, tmp_pa
     args.label_list = str(tmp_path / "list.txt")
     assert [os.fsdecode(images.files[i])[-14:] for i in ev.few_labels(args, images, list(range(48)))] == [
         "class0/016.png", "class2/007.png"]
-    (tmp_path / "list.txt").write_text("007.png\n")  # in each class there is one
-    with pytest.raises(UserError, match="no or several"):
-        ev.few_labels(args, images, list(range(48)))
+    for names in (b"007.png\n", b"\xff\xfe0\0.\0"):  # in each class there is one; no text
+        (tmp_path / "list.txt").write_bytes(names)
+        with pytest.raises(UserError, match="no or several"):
+            ev.few_labels(args, images, list(range(48)))
 
 
 class Seer(torch.nn.Module):
@@ -495,11 +496,27 @@ def test_test_images_that_cannot_be_read_stop_the_evaluation(folder, tmp_path, c
     found = sorted((tmp_path / "data" / "images" / "val").rglob("*.png"))
     found[3].write_bytes(b"x")
     run(tmp_path / "data", tmp_path / "out", "retrieval")
-    assert found[3].name in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert found[3].name in said.err and json.loads(said.out.splitlines()[-1])["unreadable"] == 1
     for path in found[:14:2]:
         path.write_bytes(b"x")
     with pytest.raises(UserError, match="cannot be read"):
         run(tmp_path / "data", tmp_path / "out", "retrieval")
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_full_disk(folder, tmp_path, protocol):
+    """One line; the figures that are there already are told first."""
+    (tmp_path / "out").mkdir()
+    code = ("import resource, sys, signal; sys.path.insert(0, sys.argv[1]); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); import eval_linear as ev; sys.argv[0] = 'eval_linear.py'; "
+            "import common; common.run_script(ev.main, lambda: ev.parse_args(sys.argv[2:]))")
+    found = subprocess.run([sys.executable, "-c", code, str(ROOT), *TINY, "--weights", "random", "--data", str(folder),
+                            "--protocol", protocol, "--out", str(tmp_path / "out"), "--steps", "1"], capture_output=True,
+                           text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    said = found.stderr.splitlines()[-1]
+    assert found.returncode == 2 and "Traceback" not in found.stderr and said.startswith("eval_linear.py: ")
+    assert "no room left in --out" in said if protocol == "linear" else "top1_k20" in found.stdout
 
 
 def test_the_command_ends_in_one_line_and_status_2(tmp_path):
