@@ -2,6 +2,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -108,6 +109,8 @@ def test_matching_is_one_to_one_over_the_whole_set():
     named, column = ev.match(counts)
     assert column.tolist() == [1, 0]
     assert named.tolist() == [[6, 0, 1], [5, 4, 0], [0, 0, 0]]
+    named, column = ev.match(torch.tensor([[1, 0, 5], [6, 1, 0]]))
+    assert column.tolist() == [2, 0] and named.tolist() == [[6, 1, 0], [0, 0, 0], [1, 0, 5]]
 
 
 def test_retrieval_hand_worked():
@@ -162,6 +165,13 @@ def test_corloc_and_maxboxacc_hand_worked():
     assert counts[0] == 2 and counts[-1] == 2 and counts[-2] == 1
     assert level[0.1] == 0 and level[0.25] == 2 and level[0.5] == 2 and level[0.55] == 1
     assert torch.allclose(boxes[0], truth[0][1]) and torch.allclose(boxes[1], truth[1][0])
+
+
+@pytest.mark.parametrize("height, hits", [(0.45, 0), (0.55, 1)])
+def test_a_box_is_right_from_an_iou_of_a_half_on(height, hits):
+    s = torch.zeros(1, 20, 20)
+    s[0, :, :10] = 1
+    assert ev.localize_scores(s, [torch.tensor([[0, 0, 0.5, height]])])[0][0] == hits
 
 
 def test_kmeans_finds_separate_directions_and_heeds_weights():
@@ -255,9 +265,71 @@ def test_interrupted_and_gone_on_is_never_interrupted(folder, tmp_path, protocol
     again = run(folder, tmp_path / "parts", *protocol)
     assert "goes on from step 4 of 6" in capsys.readouterr().err
     assert measures(again) == measures(whole)
-    a, b = (checkpoint(tmp_path / name)["heads"] for name in ("whole", "parts"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(v, b[part][k]) for part in ("heads", "norm", "encoder") for k, v in a.get(part, {}).items())
     assert measures(run(folder, tmp_path / "parts", *protocol)) == measures(whole)  # finished: nothing is trained
+
+
+@pytest.mark.parametrize("drops", [[], ["--drop-epochs", "1", "2"]])
+def test_rates_of_finetuning(folder, tmp_path, drops):
+    """Of head and backbone, not scaled by the batch: a cosine, or a fifth after each of some epochs (of three steps)."""
+    run(folder, tmp_path, "finetune", "--epochs", 3, "--steps", 9, "--lr", 0.01, "--head-lr", 0.5, *drops)
+    head, body = checkpoint(tmp_path)["optimizer"]["param_groups"]
+    fall = 0.2 ** 2 if drops else (1 + math.cos(math.pi * 8 / 9)) / 2
+    assert (head["lr"], body["lr"]) == pytest.approx((0.5 * fall, 0.01 * fall))
+    assert len(head["params"]) == 2 < len(body["params"])
+    if drops:  # the drop is at the third step's end, not before
+        run(folder, tmp_path / "early", "finetune", "--epochs", 1, "--steps", 3, "--lr", 0.01, "--drop-epochs", "1")
+        assert checkpoint(tmp_path / "early")["optimizer"]["param_groups"][1]["lr"] == pytest.approx(0.01)
+
+
+def test_the_best_is_by_top1_and_looks_are_at_ends_of_epochs(folder, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(ev, "test_heads", lambda run, model, *a: steps.append(run) or [{"top1": 5.0, "top5": 9.0},
+                                                                                       {"top1": 6.0, "top5": 7.0}])
+    line = run(folder, tmp_path, "linear", "--lrs", 0.1, 0.3, "--epochs", 3, "--steps", 9, "--median", 2)
+    assert line["best_lr"] == 0.3 and line["top1"] == 6 and len(steps) == 2
+
+
+@pytest.mark.parametrize("flags", [["--lrs", "0.3"], ["--crop-area", "0.5", "1"], ["--weight-decay", "0.1"]])
+def test_another_setting_does_not_go_on_from_this_checkpoint(folder, tmp_path, capsys, flags):
+    run(folder, tmp_path, "linear", "--lrs", "0.1")
+    run(folder, tmp_path, "linear", *(flags if "--lrs" in flags else ["--lrs", "0.1", *flags]))
+    assert len(list(tmp_path.glob("*.pt"))) == 2 and "goes on" not in capsys.readouterr().err
+
+
+def test_one_head_may_diverge(folder, tmp_path):
+    line = run(folder, tmp_path, "linear", "--lrs", "1e17", "0.1", "--weight-decay", "1", "--precision", "fp32")
+    assert line["best_lr"] == 0.1 and line["sweep"][0]["top1"] == 0
+
+
+def test_heads_are_counted_by_hand(folder, monkeypatch):
+    """Of ten classes; top-5; a head with a logit that is not finite is right nowhere."""
+    labels = torch.tensor([3, 0, 9, 4])
+    logits = torch.zeros(3, 4, 10, 1, 1)
+    logits[0, range(4), labels] = 1  # always first
+    logits[1] = torch.arange(10.0).flip(0).view(1, 10, 1, 1)  # 0 1 2 3 4 are its five
+    logits[2] = logits[0]
+    logits[2, :, 7] = math.nan
+    batch = type("Batch", (), {"label": labels})
+    monkeypatch.setattr(ev, "last_maps", lambda *a: [(batch, None, None, None)])
+    model = torch.nn.Module()
+    model.heads, model.dense = [torch.nn.Conv2d(1, 10, 1)] * 3, False
+    model.encoder, model.classify = None, lambda x: list(logits)
+    found = ev.test_heads(type("Run", (), {"device": "cpu", "rank": 0, "world": 1}), model, None, range(4))
+    assert found == [{"top1": 100, "top5": 100}, {"top1": 25, "top5": 75}, {"top1": 0, "top5": 0}]
+
+
+def test_views_of_tests(folder, tmp_path, monkeypatch):
+    """The central 224 / 256, for boxes the whole image."""
+    import common
+    seen, plain = [], ev.crop
+    monkeypatch.setattr(ev, "crop", lambda x, box, *a, **more: seen.append(box) or plain(x, box, *a, **more))
+    run(folder, tmp_path, "localize")
+    assert all(torch.equal(box, torch.tensor([0.0, 0, 1, 1]).to(box).expand_as(box)) for box in seen) and seen
+    seen.clear()
+    run(folder, tmp_path, "linear", "--lrs", "0.1", "--steps", "1")
+    assert torch.allclose(seen[-1], common.center_boxes(torch.full((len(seen[-1]), 2), 32), round(32 * 256 / 224), 32))
 
 
 def test_the_median_of_the_last_epochs(folder, tmp_path, monkeypatch):
@@ -327,6 +399,35 @@ def test_perfect_features_segment_perfectly(tmp_path, monkeypatch, how):
     monkeypatch.setattr(ev, "backbone", Seer)
     line = run(tmp_path / "data", tmp_path / "out", "segment", *how)
     assert line["classes"] == 5 and line["miou"] > 90 and line["pixel_accuracy"] > 95  # resizing blurs the edges
+
+
+def test_segment_learns_the_mask_that_the_crop_shows(tmp_path, monkeypatch):
+    """Targets are masks under the image's own crop and flip; void counts in no sum and in no mean."""
+    rng = np.random.default_rng(0)
+    masks = [np.kron(rng.permutation(8).reshape(2, 4) % 5, np.ones((16, 8))).astype(np.uint8) for _ in range(22)]
+    names = [f"{'val' if i < 6 else 'train'}/{i:02d}.png" for i in range(22)]
+    write(tmp_path / "data/images", [(Seer.colors.numpy()[m] * 255).astype(np.uint8) for m in masks], names)
+    write(tmp_path / "data/masks", [np.where(np.arange(32) < 8, 255, m).astype(np.uint8) for m in masks], names)
+    shown, asked, told, plain = [], [], [], F.cross_entropy
+
+    class Watched(Seer):
+        def forward(self, x):
+            shown.append(super().forward(x)[0].argmax(1))
+            return super().forward(x)
+
+    def entropy(x, target, **more):
+        asked.append((x.detach(), target))
+        return plain(x, target, **more)
+    monkeypatch.setattr(ev, "backbone", Watched)
+    monkeypatch.setattr(ev.F, "cross_entropy", entropy)
+    stack = torch.stack
+    monkeypatch.setattr(ev.torch, "stack", lambda x, *a: told.append(found := stack(x, *a)) or found)
+    run(tmp_path / "data", tmp_path / "out", "segment", "--lrs", "1", "--steps", "1", "--crop-area", "1", "1")
+    (logits, target), color = asked[0], shown[0]
+    assert target.shape == (16, 32, 32) and (target == -1).double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert (target == color)[target >= 0].double().mean() > 0.9  # resized borders are of neither colour
+    loss = plain(logits, target, ignore_index=-1).item()
+    assert any(x.numel() == 1 and x.item() == pytest.approx(loss, rel=1e-9) for x in told)
 
 
 def test_slotcon_prototypes_are_merged_and_matched(folder, tmp_path):

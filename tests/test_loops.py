@@ -364,6 +364,22 @@ def test_an_infinite_gradient_of_a_finite_loss_ends_the_run(script, tmp_path, mo
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
+@each
+def test_the_scaler_goes_on_where_it_was(script, tmp_path, monkeypatch):
+    m, calls = importlib.import_module(script), []
+    no_looks(monkeypatch, m)
+    monkeypatch.setattr(m, "numerics", lambda *a: (torch.float32, None, torch.amp.GradScaler("cpu")))  # fp16 is slow here
+    more = ["--precision", "fp16", "--steps", 4]
+    *_, whole, _ = train(script, tmp_path / "whole", *more)
+    with monkeypatch.context() as stop:
+        stop.setattr(m, "agree", lambda *seen: (signal.SIGTERM * (len(calls) == 1), len(calls.append(seen) or ())))
+        with pytest.raises(SystemExit):
+            train(script, tmp_path / "parts", *more)
+    assert torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)["step"] == 2
+    *_, parts, _ = train(script, tmp_path / "parts", *more)
+    assert parts["scaler"] == whole["scaler"] and whole["scaler"]["_growth_tracker"] == 4
+
+
 # ---- gauges ----------------------------------------------------------------------------------------------------------
 def test_slotcons_gauges_written_out():
     torch.manual_seed(0)
@@ -426,6 +442,34 @@ def test_cvsas_object_mass_asks_by_the_object_alone(monkeypatch):
         p = ((F.normalize(one, dim=0) * key[:, None, None]).sum(0) / 0.1).flatten().softmax(0)
         mass.append((p * soft.flatten()).sum().item())
     assert found["object_mass"] == pytest.approx(100 * sum(mass) / 6) and found["object_area"] == 25
+
+
+def test_saliencys_gauges_written_out():
+    torch.manual_seed(0)
+    s, weights = torch.rand(3, 4, 4).double(), torch.rand(3, 2).double()
+    corner = torch.rand(3, 4, 2).double() / 2
+    pairs = torch.cat([corner, corner + 0.1 + torch.rand(3, 4, 2).double() / 4], 2)  # two chosen, their two partners
+    candidates, mask = pairs.flip(1)[:, :3], torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    mask[:, :, :3], mask[:, :, 3] = 5, 255
+    found = saliency_cl.gauges(s, pairs, weights, candidates, mask)
+    ratio, entropy, centers = [], [], []
+    for image, boxes in zip(s, pairs[:, :2]):
+        means = [saliency_cl.box_means(image[None], box.view(1, 1, 4)).item() for box in boxes]
+        ratio.append(sum(means) / 2 / image.mean().item())
+        p = (image / image.sum()).flatten()
+        entropy.append(-(p * p.log()).sum().item() / math.log(16))
+        p, at = p.view(4, 4), (torch.arange(4) + 0.5) / 4
+        centers.append([(p.sum(0) * at).sum().item(), (p.sum(1) * at).sum().item()])
+    assert found["saliency_ratio"].item() == pytest.approx(sum(ratio) / 3, rel=1e-4)
+    assert found["map_entropy"].item() == pytest.approx(sum(entropy) / 3, rel=1e-4)
+    assert found["map_spread"].item() == pytest.approx(torch.tensor(centers).std(0, correction=0).mean().item(), rel=1e-3)
+    assert found["weight_spread"].item() == pytest.approx(weights.std(correction=0).item())
+    on = [[100 * (((box[..., 1] + box[..., 3]) / 2) < 3 / 8).double().mean().item() for box in boxes]
+          for boxes in (pairs[:, :2].unbind(1), candidates.unbind(1))]
+    assert found["on_object_chosen"].item() == pytest.approx(sum(on[0]) / 2)
+    assert found["on_object_random"].item() == pytest.approx(sum(on[1]) / 3)
+    rows = (2 * (s.flatten(1).argmax(1) // 4) + 1).tolist()  # of the peak's centre in the mask: cells are two pixels wide
+    assert found["on_object_peak"].item() == pytest.approx(100 * sum(row < 3 for row in rows) / 3)
 
 
 def test_slotcons_initialisation():
