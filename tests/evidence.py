@@ -133,16 +133,17 @@ def with_earlier(lines, path):
 
 
 def spread(values):
-    """Mean and sample deviation as text."""
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    """Mean and sample deviation as text; of less than three values the values."""
+    return (f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 2
+            else ", ".join(f"{value:.1f}" for value in values))
 
 
 def write_table(lines, path):
     seeds = sorted({line["seed"] for line in lines})
     machine = f"{platform.machine()}, {os.cpu_count()} cores; torch {torch.__version__}, torchvision {torchvision.__version__}"
     how = (f"`python tests/evidence.py`; seeds {', '.join(map(str, seeds))}; every trained row has seen 10,000 images as many "
-           f"times as the table says; mean ± sample deviation, without ± one seed only; BYOL + swap and + alignment have mask-aware crops, "
-           f"too; {machine}.")
+           f"times as the table says; mean ± sample deviation, without ± the figures of one seed or two; BYOL + swap and "
+           f"BYOL + alignment have mask-aware crops, too; {machine}.")
     text = [how]
     for data in ("scenes", "scenes-fine"):
         here = [line for line in lines if line["data"] == data]
