@@ -536,7 +536,7 @@ def knn_split(train, val, seed=0, bank=20_000, queries=2_000):
         second = shuffled(val, 3)
     return sorted(first[:bank]), val, second[:queries]   # shuffled: pictures show the first of them
 
-def fetch(images, order, workers, device, timeout=0):
+def fetch(images, order, workers, device):
     """Batches of `images` for the lists of indices in `order`; on CUDA pinned, and copied one batch ahead on a stream
     of their own. Workers are forked, so that they share scenes, labels and maps, and ignore the signals that the loop
     answers; 48 at most: tensors come as open files, since names in /dev/shm would outlive a killed run."""
@@ -544,10 +544,10 @@ def fetch(images, order, workers, device, timeout=0):
     ignored, named = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), getattr(images, "dataset", images).named
     loader = iter(torch.utils.data.DataLoader(
         images, batch_sampler=order, collate_fn=lambda batch: batch, num_workers=min(workers, 48), pin_memory=cuda,
-        worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in ignored], timeout=timeout if workers else 0,
-        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in ignored],
+        multiprocessing_context="fork" if workers else None,     # no timeout: it would hide a dead worker until its end
         generator=torch.Generator()))            # its own: the global one stays as it is, whatever the workers
-    if workers:                                  # torch's handler would raise anywhere in the loop; `next` raises, too
+    if workers:                                  # torch's handler would raise anywhere; `next` looks every 5 s
         signal.signal(signal.SIGCHLD, handler)
     def arriving():
         try:
@@ -557,10 +557,10 @@ def fetch(images, order, workers, device, timeout=0):
                     named.add(index)
                 yield batch
         except (RuntimeError, EOFError, OSError) as error:           # the last two: what a dead worker sent is lost
-            if isinstance(error, RuntimeError) and not re.search(r"DataLoader (worker \(pid|timed out)", str(error)):
+            if isinstance(error, RuntimeError) and not re.search(r"DataLoader worker \(pid|Pin memory", str(error)):
                 raise
-            refuse(f"a data worker died or hangs ({' '.join(str(error).split()) or 'its batch is lost'}): start again, "
-                   "with fewer --workers or more memory if it returns", local=True)
+            refuse(f"a data worker died ({' '.join(str(error).split()) or 'its batch is lost'}): start again, with "
+                   "fewer --workers or more memory, also shared (/dev/shm), if it returns", local=True)
     if not cuda:
         yield from (batch._replace(canvas=batch.canvas.contiguous()) for batch in arriving())
         return
@@ -577,10 +577,10 @@ def fetch(images, order, workers, device, timeout=0):
             yield ahead[0]
         ahead = batch and (batch, copied)
 
-def batches(images, *, batch_size, seed, start, stop, rank=0, world=1, workers=0, device="cpu", timeout=0):
+def batches(images, *, batch_size, seed, start, stop, rank=0, world=1, workers=0, device="cpu"):
     """One `Batch` a step, for the steps start..stop-1: rows rank*b .. (rank+1)*b of the global batch, b = batch_size /
-    world. Epoch e is a permutation from (seed, e) alone, of len(images) // batch_size steps. timeout: seconds to wait
-    for a worker, 0 for ever. Raises UserError, also when a worker dies."""
+    world. Epoch e is a permutation from (seed, e) alone, of len(images) // batch_size steps. Raises UserError, also
+    when a worker dies."""
     steps, rows = len(images) // batch_size, batch_size // world
     if batch_size % world or not steps:
         raise UserError(f"set a --batch-size up to the {len(images)} images and a multiple of the {world} processes")
@@ -594,7 +594,7 @@ def batches(images, *, batch_size, seed, start, stop, rank=0, world=1, workers=0
         starts, data = map(set, zip(*found))
         len(starts) == 1 or refuse("processes found different checkpoints: put --out where all nodes see it")
         len(data) == 1 or refuse("processes found different images: make the copies of --data on the nodes the same")
-    yield from fetch(images, order(), workers, device, timeout)
+    yield from fetch(images, order(), workers, device)
 
 def sequential(images, indices, *, batch_size, workers, device):
     """Batches of `indices` in order, for evaluation; the last may be short. UserError when over 5 and over
@@ -869,7 +869,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         with torch.no_grad():
             momentum = self.momentum * (n > 1).to(n.dtype)  # a single row has no variance
             self.num_batches_tracked += 1
-            self.running_mean += momentum * mean
+            self.running_mean = self.running_mean + momentum * mean  # not in place: compiled, backward computes d again
             self.running_var.lerp_(var * n / (n - 1).clamp(min=1), momentum)
         scale = (var + self.eps).rsqrt() * (1 if self.weight is None else self.weight)
         offset = (0 if self.bias is None else self.bias) - mean * scale

@@ -422,8 +422,7 @@ def train_heads(run, net, data, classes, path):
     ends = {total - k * epoch for k in range(args.median)}  # of the last epochs
     drops = [int(e * epoch * stretch + 1e-6) for e in args.drop_epochs]
     loader = batches(torch.utils.data.Subset(train, rows), batch_size=args.batch_size, seed=args.seed, start=step,
-                     stop=total, rank=run.rank, world=run.world, device=run.device, workers=args.workers,
-                     timeout=60 * args.timeout_minutes)
+                     stop=total, rank=run.rank, world=run.world, device=run.device, workers=args.workers)
     module = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if dist.is_initialized() else model
     bar = tqdm(total=total, initial=step, unit="step", disable=run.rank > 0 or None)
     while step < total:

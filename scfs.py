@@ -537,7 +537,7 @@ def train(args):
     unreadable, bad_step = {}, torch.zeros((), dtype=torch.long, device=device)
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)  # this process's rows
     data = batches(images, batch_size=args.batch_size, seed=args.seed, start=step, stop=total, rank=rank, world=world,
-                   workers=args.workers, device=device, timeout=60 * args.timeout_minutes)
+                   workers=args.workers, device=device)
     log.restart()
     while step < total:
         tick = time.perf_counter()

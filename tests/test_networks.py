@@ -147,6 +147,17 @@ def bn_process(rank, world, folder, results):
     mine(x[2 * rank:2 * rank + 2]).square().mul(torch.arange(5)).mean().backward()
     for p, q in zip(mine.parameters(), whole.parameters()):
         close(p.grad, q.grad)
+    # Compiled, the backward pass computes some of the forward one again: two views, as a method sees them.
+    torch.manual_seed(0)
+    eager = common.sync_batchnorm(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).double(), "cpu")
+    traced = copy.deepcopy(eager)
+    traced.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+    views = torch.randn(2, 4, 6, dtype=torch.float64)
+    for net in (eager, traced):
+        sum(net(view).pow(3).mean() for view in views).backward()
+    for p, q in zip((*traced.parameters(), *traced.buffers()), (*eager.parameters(), *eager.buffers())):
+        close(p.detach().double(), q.detach().double())
+        close(p.grad, q.grad) if p.requires_grad else None
     results.put((world, rank, error))
     torch.distributed.destroy_process_group()
 
