@@ -680,7 +680,7 @@ def main(args):
             found = {f"top1_k{k}": 100 * (vote == y).double().mean().item() for k, vote in zip(args.k, votes)}
         elif run.rank == 0:
             found = retrieval_scores(x, y, device)
-    lost = int(gather(torch.tensor(sum(len(images.named) for images in {data[0], data[2]}), device=device)).sum())
+    lost = int(gather(torch.tensor(sum(len(images.named) for images in {data[0], data[2]})).to(device)).sum())
     if run.rank:
         return None
     line = {"protocol": args.protocol, "weights": args.weights, "arch": args.arch, "data": args.data or "scenes",
