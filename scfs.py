@@ -121,10 +121,10 @@ def parse_args(argv=None):
     if args.stages and not {*args.stages.split(",")} <= {*"1234"}:
         refuse(f"--stages {args.stages}: name some of 1,2,3,4 with commas between, as in 2,3,4")
     args.stages = sorted({int(i) for i in args.stages if i != ","})
-    search = args.search if args.stages else "off"
-    if search != "on" and args.gate != "cosine":
+    searches = args.search if args.stages else "off"
+    if searches != "on" and args.gate != "cosine":
         refuse("--gate has nothing to do: it is how a search looks, --search on with some --stages")
-    if search == "off" and (args.search_center or args.search_views == "both"):
+    if searches == "off" and (args.search_center or args.search_views == "both"):
         refuse("--search-center and --search-views have nothing to do without (4): --search on, some --stages")
     return args
 

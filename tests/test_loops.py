@@ -66,16 +66,33 @@ def cosine(i, n, start, end):
     return end + (start - end) * (1 + math.cos(math.pi * i / n)) / 2
 
 
-def sgd_step(model, momenta, lr, decay, decay_all=False):
+def start(m, args):
+    """The networks as they are before any step, and SGD's momenta, empty."""
+    torch.manual_seed(0)
+    model = m.Model(**{k: vars(args)[k] for k in inspect.signature(m.Model).parameters}).double()
+    return model, model.make_teacher(), {}
+
+
+def step(model, loss, momenta, i, log, decay_all=False):
+    """SGD's step i of RATES with a decay of 0.1; the log has its loss and rate."""
+    model.zero_grad()
+    loss.backward()
     for name, p in model.named_parameters():
-        g = p.grad + decay * p.detach() if p.ndim > 1 or decay_all else p.grad
+        g = p.grad + 0.1 * p.detach() if p.ndim > 1 or decay_all else p.grad
         momenta[name] = 0.9 * momenta[name] + g if name in momenta else g.clone()
-        p.data -= lr * momenta[name]
+        p.data -= RATES[i] * momenta[name]
+    assert log[i]["loss"] == pytest.approx(loss.item(), rel=1e-7) and log[i]["lr"] == pytest.approx(RATES[i])
 
 
 def follow(teacher, student, m):
     for p, q in zip(teacher.parameters(), student.parameters()):
         p.data = m * p.data + (1 - m) * q.data
+
+
+def assert_exported(saved, asked, state, prefix):
+    """backbone.pth is this network's encoder, and the one that kNN was asked about."""
+    assert all(torch.equal(v, state[prefix + k].to(v.dtype)) for k, v in saved.items())
+    assert all(torch.equal(v.to(saved[k]), saved[k]) for k, v in asked[-1].state_dict().items())
 
 
 def assert_state(net, state, but=()):
@@ -92,23 +109,17 @@ def test_slotcon_trains_as_written_out(tmp_path, monkeypatch):
     """The teacher moves before it runs, along a cosine over 36 / 8 x 2 = 9 steps, not whole epochs; no decay on biases."""
     asked, seen = no_looks(monkeypatch, slotcon), spy(monkeypatch, slotcon, "make_views")
     _, args, log, state, saved = train("slotcon", tmp_path, *RECIPE)
-    torch.manual_seed(0)
-    model = slotcon.Model(**{k: vars(args)[k] for k in inspect.signature(slotcon.Model).parameters}).double()
-    teacher, momenta = model.make_teacher(), {}
+    model, teacher, momenta = start(slotcon, args)
     for i, (_, (views, overlaps, flips)) in enumerate(seen):
         follow(teacher, model.student, cosine(i, 9, 0.9, 1.0))
         with torch.no_grad():
             targets = [teacher(v) for v in views]
-        model.zero_grad()
         losses = model(views, targets, overlaps, flips)
-        losses["loss"].backward()
-        sgd_step(model, momenta, RATES[i], 0.1)
-        assert log[i]["loss"] == pytest.approx(losses["loss"].item(), rel=1e-7) and log[i]["lr"] == pytest.approx(RATES[i])
+        step(model, losses["loss"], momenta, i, log)
     assert len(seen) == 8
     assert_state(model, state["model"])
     assert_state(teacher, state["teacher"])
-    assert all(torch.equal(v, state["teacher"][f"encoder.{k}"].to(v.dtype)) for k, v in saved.items())
-    assert all(torch.equal(v.to(saved[k]), saved[k]) for k, v in asked[-1].state_dict().items())  # kNN: what is exported
+    assert_exported(saved, asked, state["teacher"], "encoder.")
 
 
 def test_saliency_cl_trains_as_written_out(tmp_path, monkeypatch):
@@ -117,9 +128,7 @@ def test_saliency_cl_trains_as_written_out(tmp_path, monkeypatch):
     maps, pairs = spy(monkeypatch, saliency_cl, "saliency_map"), spy(monkeypatch, saliency_cl, "salient_pairs")
     monkeypatch.setattr(saliency_cl, "draw", lambda *a, **more: {})
     _, args, log, state, saved = train("saliency_cl", tmp_path, *RECIPE, "--saliency-warmup", 0.25, "--gamma", 2, "--loss", "byol")
-    torch.manual_seed(0)
-    model = saliency_cl.Model(**{k: vars(args)[k] for k in inspect.signature(saliency_cl.Model).parameters}).double()
-    teacher, momenta = model.make_teacher(), {}
+    model, teacher, momenta = start(saliency_cl, args)
 
     def without_trace(net, x):  # as if x had never been seen by its batch norm
         kept = {k: v.clone() for k, v in net.named_buffers()}
@@ -139,17 +148,13 @@ def test_saliency_cl_trains_as_written_out(tmp_path, monkeypatch):
         with torch.no_grad():
             targets = [teacher(v) for v in views]
             crop_targets = without_trace(teacher, crops)
-        model.zero_grad()
         losses = model(views, crops, targets, crop_targets, weights)
-        losses["loss"].backward()
-        sgd_step(model, momenta, RATES[i], 0.1, decay_all=True)
-        assert log[i]["loss"] == pytest.approx(losses["loss"].item(), rel=1e-7) and log[i]["lr"] == pytest.approx(RATES[i])
+        step(model, losses["loss"], momenta, i, log, decay_all=True)
     counts = {k for k in state["teacher"] if k.endswith("num_batches_tracked")}
     assert len(seen) == 8
     assert_state(model, state["model"])
     assert_state(teacher, state["teacher"], counts)
-    assert all(torch.equal(v, state["model"][f"student.encoder.{k}"].to(v.dtype)) for k, v in saved.items())
-    assert all(torch.equal(v.to(saved[k]), saved[k]) for k, v in asked[-1].state_dict().items())
+    assert_exported(saved, asked, state["model"], "student.encoder.")
 
 
 def test_cvsa_trains_as_written_out(tmp_path, monkeypatch):
@@ -157,33 +162,26 @@ def test_cvsa_trains_as_written_out(tmp_path, monkeypatch):
     monkeypatch.setattr(cvsa, "object_mass", lambda *a: {})
     monkeypatch.setattr(cvsa, "draw", lambda *a: None)
     _, args, log, state, saved = train("cvsa", tmp_path, *RECIPE, "--masks", "truth")
-    torch.manual_seed(0)
-    model = cvsa.Model(**{k: vars(args)[k] for k in inspect.signature(cvsa.Model).parameters}).double()
-    teacher, momenta = model.make_teacher(), {}
+    model, teacher, momenta = start(cvsa, args)
     for i, (_, (views, masks, swapped)) in enumerate(seen):
         follow(teacher, model.student, cosine(i, 8, 0.9, 1.0))
         with torch.no_grad():
             targets = [teacher(v) for v in views]
-        model.zero_grad()
         losses = model(views, masks, targets)
-        losses["loss"].backward()
-        sgd_step(model, momenta, RATES[i], 0.1)
-        assert log[i]["loss"] == pytest.approx(losses["loss"].item(), rel=1e-7) and log[i]["lr"] == pytest.approx(RATES[i])
+        step(model, losses["loss"], momenta, i, log)
         assert log[i]["swapped"] == pytest.approx(torch.cat(swapped).double().mean().item())
         assert log[i]["usable_masks"] == pytest.approx(seen[i][0][1][2].double().mean().item())
     assert len(seen) == 8
     assert_state(model, state["model"])
     assert_state(teacher, state["teacher"])
-    assert all(torch.equal(v, state["model"][f"student.encoder.{k}"].to(v.dtype)) for k, v in saved.items())
-    assert all(torch.equal(v.to(saved[k]), saved[k]) for k, v in asked[-1].state_dict().items())
+    assert_exported(saved, asked, state["model"], "student.encoder.")
 
 
 def test_scfs_exports_the_teacher(tmp_path, monkeypatch):
     """Its steps are in test_scfs.py."""
     asked = no_looks(monkeypatch, scfs)
     _, _, log, state, saved = train("scfs", tmp_path, *RECIPE, "--steps", 2, "--freeze-epochs", 1)
-    assert all(torch.equal(v, state["teacher"][f"encoder.{k}"].to(v.dtype)) for k, v in saved.items())
-    assert all(torch.equal(v.to(saved[k]), saved[k]) for k, v in asked[-1].state_dict().items())
+    assert_exported(saved, asked, state["teacher"], "encoder.")
     assert [line["frozen"] for line in log] == [1, 0]
 
 
