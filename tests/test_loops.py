@@ -148,6 +148,8 @@ def test_saliency_cl_trains_as_written_out(tmp_path, monkeypatch):
         with torch.no_grad():
             targets = [teacher(v) for v in views]
             crop_targets = without_trace(teacher, crops)
+        z = torch.nn.functional.normalize(targets[0], dim=1)
+        assert log[i]["feature_spread"] == pytest.approx((z - z.mean(0)).square().sum(1).mean().sqrt().item(), rel=1e-4)
         losses = model(views, crops, targets, crop_targets, weights)
         step(model, losses["loss"], momenta, i, log, decay_all=True)
     counts = {k for k in state["teacher"] if k.endswith("num_batches_tracked")}

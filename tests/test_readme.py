@@ -1,4 +1,5 @@
-"""The README: every command in it is run with tiny flags or, where it cannot be, parsed; every piece of Python is run."""
+"""The README and the page of results: every command in them is run with tiny flags or, where it cannot be, parsed; every
+piece of Python is run."""
 import importlib
 import json
 import os
@@ -17,7 +18,8 @@ from launch import ROOT, SCRIPTS, Run, flags, pictures, reference
 
 import common
 
-TEXT = (ROOT / "README.md").read_text()
+PAGES = ("README.md", "tests/results/README.md", "tests/results/demo/README.md")
+TEXT = (ROOT / PAGES[0]).read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 
@@ -25,7 +27,7 @@ PYTHON = [code for language, code in BLOCKS if language == "python"]
 def commands():
     """Command lines in fenced blocks and in backticks that start one of the project's programs."""
     lines = [line for language, code in BLOCKS if language in ("", "bash") for line in code.replace("\\\n", " ").split("\n")]
-    outside = re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+    outside = re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL) + (ROOT / PAGES[1]).read_text()
     lines += [code for code in re.findall(r"`([^`\n]+)`", outside) if re.match(r"(python|torchrun) ", code)]
     parts = [part.split(" #")[0].strip() for line in lines for part in line.split("&&")]
     return sorted({part for part in parts if re.match(r"(srun )?(python|torchrun) .*\.py", part)})
@@ -164,7 +166,12 @@ def test_the_flags_of_the_loop_are_those_of_every_script(script, capsys):
     assert len(named) > 20 and named <= shown, named - shown
 
 
-def test_links_and_pictures_are_there():
-    titles = {"#" + title.lower().replace(" ", "-") for title in re.findall(r"^#+ ([\w ]+)$", TEXT, re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        assert target.startswith("http") or target in titles or (ROOT / target.split("#")[0]).is_file(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_are_there(page):
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
+        file, _, title = target.partition("#")
+        there = (ROOT / page).parent / file if file else ROOT / page
+        assert target.startswith("http") or there.is_file(), target
+        if title and not target.startswith("http"):
+            titles = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
+            assert title in {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in titles}, target
