@@ -148,7 +148,7 @@ def test_saliency_cl_trains_as_written_out(tmp_path, monkeypatch):
         with torch.no_grad():
             targets = [teacher(v) for v in views]
             crop_targets = without_trace(teacher, crops)
-        z = torch.nn.functional.normalize(targets[0], dim=1)
+        z = F.normalize(targets[0], dim=1)
         assert log[i]["feature_spread"] == pytest.approx((z - z.mean(0)).square().sum(1).mean().sqrt().item(), rel=1e-4)
         losses = model(views, crops, targets, crop_targets, weights)
         step(model, losses["loss"], momenta, i, log, decay_all=True)
@@ -472,11 +472,17 @@ def test_saliencys_gauges_written_out():
     assert found["on_object_peak"].item() == pytest.approx(100 * sum(row < 3 for row in rows) / 3)
 
 
-def test_slotcons_initialisation():
-    """Residual branches start at zero; convolutions of the head from a deviation of 0.02."""
+def test_initialisation():
+    """Residual branches of SlotCon and CVSA start at zero, the others' as the framework has it; layers of the heads of
+    SlotCon and SCFS from a deviation of 0.02, SCFS's prototypes as the framework has them, uniform within 1 / sqrt(D)."""
     torch.manual_seed(0)
-    model = slotcon.Model("small", prototypes=8, dim=64, hidden=256)
-    last = [block.bn2.weight for layer in ("layer1", "layer4") for block in getattr(model.student.encoder, layer)]
-    assert all((w == 0).all() for w in last)
-    for layer in (model.student.projector[0], model.student.projector[3]):
+    nets = {"slotcon": slotcon.Model("small", prototypes=8, dim=64, hidden=256), "cvsa": cvsa.Model("small"),
+            "scfs": scfs.Model("small", out_dim=512), "saliency_cl": saliency_cl.Model("small")}
+    for name, model in nets.items():
+        last = [block.bn2.weight for layer in ("layer1", "layer4") for block in getattr(model.student.encoder, layer)]
+        assert all((w == (name not in ("slotcon", "cvsa"))).all() for w in last), name
+    heads = [nets["slotcon"].student.projector[:4:3], nets["slotcon"].predictor[::3], nets["scfs"].student.view_head.mlp[::3]]
+    for layer in (layer for head in heads for layer in head):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.03) and (layer.bias == 0).all()
+    prototypes, bound = nets["scfs"].student.view_head.prototypes.weight, 256 ** -0.5
+    assert prototypes.abs().max() <= bound and prototypes.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.03)
