@@ -484,5 +484,7 @@ def test_initialisation():
     heads = [nets["slotcon"].student.projector[:4:3], nets["slotcon"].predictor[::3], nets["scfs"].student.view_head.mlp[::3]]
     for layer in (layer for head in heads for layer in head):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.03) and (layer.bias == 0).all()
+    kinds = [torch.nn.Linear, torch.nn.BatchNorm1d, torch.nn.GELU] * 2 + [torch.nn.Linear]
+    assert [type(layer) for layer in scfs.Model("small", out_dim=8, head_norm=True).student.view_head.mlp] == kinds
     prototypes, bound = nets["scfs"].student.view_head.prototypes.weight, 256 ** -0.5
     assert prototypes.abs().max() <= bound and prototypes.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.03)
