@@ -113,7 +113,7 @@ def hardware():
     return {"cpu": cpu, "cores": os.cpu_count(), "gpus": gpu, "torch": torch.__version__,
             "torchvision": torchvision.__version__, "pillow": importlib.import_module("PIL").__version__,
             "threads": torch.get_num_threads(), "load_average": round(os.getloadavg()[0], 1),
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")}
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")}
 
 
 # ---- images, and what people do today --------------------------------------------------------------------------------
