@@ -112,7 +112,8 @@ def test_evaluations_of_one_process_run(command, tmp_path):
     done = subprocess.run([sys.executable, ROOT / program, *argv, *tiny], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     line = json.loads((tmp_path / "results.jsonl").read_text())
-    assert line["protocol"] == argv[argv.index("--protocol") + 1] and line["arch"] == "small"
+    asked = argv[argv.index("--protocol") + 1] if "--protocol" in argv else "linear"
+    assert line["protocol"] == asked and line["arch"] == "small"
 
 
 @pytest.fixture(scope="module")
