@@ -23,7 +23,6 @@ the default on a GPU and always for `views`), `demo` (64 pixels, a small network
 import argparse
 import collections
 import contextlib
-import datetime
 import importlib
 import inspect
 import itertools
@@ -113,7 +112,7 @@ def hardware():
     return {"cpu": cpu, "cores": os.cpu_count(), "gpus": gpu, "torch": torch.__version__,
             "torchvision": torchvision.__version__, "pillow": importlib.import_module("PIL").__version__,
             "threads": torch.get_num_threads(), "load_average": round(os.getloadavg()[0], 1),
-            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")}
+            "date": time.strftime("%Y-%m-%d", time.gmtime())}
 
 
 # ---- images, and what people do today --------------------------------------------------------------------------------
