@@ -638,7 +638,7 @@ def command_line(script, mistake, out, resnet18):
 
 
 @pytest.mark.parametrize("mistake", WRONG)
-@row("30 wrong command lines: one line each, the remedy named")
+@row("wrong command lines: one line each, the remedy named")
 def test_wrong_command_lines(script, mistake, out, resnet18):
     if mistake == "no GPU here" and torch.cuda.is_available():
         pytest.skip("there is one")
@@ -650,7 +650,7 @@ def test_wrong_command_lines(script, mistake, out, resnet18):
 
 @pytest.mark.parametrize("mistake", ["unknown flag", "no such folder", "batch not divisible by 4",
                                      "canvas below the view"])
-@row("30 wrong command lines: exactly one line on stderr, status 2")
+@row("wrong command lines: exactly one line on stderr, status 2")
 def test_wrong_command_lines_of_a_shell(script, mistake, out):
     run = Run(script, command_line(script, mistake, out, ""), command=True)
     assert run.refusal() + "\n" == run.said() and not run.output.read_text() and not out.exists()
