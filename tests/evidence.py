@@ -132,17 +132,18 @@ def with_earlier(lines, path):
                     and new.get((line["row"], line["seed"])) in (None, line["found"]["weights_sha256"])]
 
 
-def spread(values):
-    """Mean and sample deviation as text; of less than three values the values."""
-    return (f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 2
-            else ", ".join(f"{value:.1f}" for value in values))
+def spread(found):
+    """{seed: figure} -> mean and sample deviation as text; of less than three the figures and their seeds."""
+    if len(found) > 2:
+        return f"{statistics.mean(found.values()):.1f} ± {statistics.stdev(found.values()):.1f}"
+    return ", ".join(f"{found[seed]:.1f} (seed {seed})" for seed in sorted(found))
 
 
 def write_table(lines, path):
     seeds = sorted({line["seed"] for line in lines})
     machine = f"{platform.machine()}, {os.cpu_count()} cores; torch {torch.__version__}, torchvision {torchvision.__version__}"
     how = (f"`python tests/evidence.py`; seeds {', '.join(map(str, seeds))}; every trained row has seen 10,000 images as many "
-           f"times as the table says; mean ± sample deviation, without ± the figures of one seed or two; BYOL + swap and "
+           f"times as the table says; mean ± sample deviation, without ± the figures of single seeds; BYOL + swap and "
            f"BYOL + alignment have mask-aware crops, too; {machine}.")
     text = [how]
     for data in ("scenes", "scenes-fine"):
@@ -153,9 +154,9 @@ def write_table(lines, path):
         for row in ROWS:
             mine = [line for line in here if line["row"] == row]
             if mine:
-                cells = [[line["value"] for line in mine if line["column"] == c] for c in columns]
+                cells = [{line["seed"]: line["value"] for line in mine if line["column"] == c} for c in columns]
                 text.append(f"| {row} | {len({line['seed'] for line in mine})} | "
-                            + " | ".join(spread(cell) if cell else "" for cell in cells) + " |")
+                            + " | ".join(map(spread, cells)) + " |")
     path.write_text("\n".join(text) + "\n")
 
 

@@ -47,7 +47,7 @@ def test_table_and_curves(tmp_path):
     evidence.write_table(json.loads(json.dumps(lines)), tmp_path / "t.md")
     text = (tmp_path / "t.md").read_text()
     assert "| `scenes`, 2 epochs | number of seeds | kNN | linear |" in text and "| SlotCon | 3 | 51.0 ± 1.0 | 51.0 ± 1.0 |" in text
-    assert evidence.spread([1.0, 3.0]) == "1.0, 3.0" and "| CVSA | 1 | 52.0 |" in text and "supervised" not in text
+    assert evidence.spread({2: 3.0, 0: 1.0}) == "1.0 (seed 0), 3.0 (seed 2)" and "| CVSA | 1 | 52.0 (seed 2) |" in text and "supervised" not in text
     assert evidence.together([[(0.5, 1), (1.0, 2), (2.0, 3)], [(1.0, 4), (2.0, 5)]]) == ([1.0, 2.0], [[2, 4], [3, 5]])
     evidence.draw_curves(lines, tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 10_000
