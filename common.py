@@ -211,7 +211,8 @@ def squeeze(image, side):
     size, turn = (image.height, image.width), None
     scaled = image.draft(None, (side, side))     # None unless JPEG; its box is the part of the last pixels that counts
     plain = image.format == "JPEG" and image.fp and image.mode == "RGB" and image.size[::-1] == size
-    None if plain else image.load()
+    if not plain:
+        image.load()
     with contextlib.suppress(Exception):         # damaged metadata does not make the pixels unreadable
         turn = image.getexif().get(0x0112)
     if plain and turn not in TURNS:
@@ -552,8 +553,8 @@ def fetch(images, order, workers, device):
     def arriving():
         try:
             for batch in loader:
-                for index, why in batch.unreadable:
-                    None if index in named else tqdm.write(f"unreadable, the next stands in: {why}", file=sys.stderr)
+                for index, why in {i: why for i, why in batch.unreadable if i not in named}.items():
+                    tqdm.write(f"unreadable, the next stands in: {why}", file=sys.stderr)
                     named.add(index)
                 yield batch
         except (RuntimeError, EOFError, OSError) as error:           # the last two: what a dead worker sent is lost
@@ -579,8 +580,7 @@ def fetch(images, order, workers, device):
 
 def batches(images, *, batch_size, seed, start, stop, rank=0, world=1, workers=0, device="cpu"):
     """One `Batch` a step, for the steps start..stop-1: rows rank*b .. (rank+1)*b of the global batch, b = batch_size /
-    world. Epoch e is a permutation from (seed, e) alone, of len(images) // batch_size steps. Raises UserError, also
-    when a worker dies."""
+    world. Epoch e: a permutation from (seed, e) alone, of len(images) // batch_size steps. UserError if a worker dies."""
     steps, rows = len(images) // batch_size, batch_size // world
     if batch_size % world or not steps:
         raise UserError(f"set a --batch-size up to the {len(images)} images and a multiple of the {world} processes")

@@ -415,7 +415,8 @@ def train_heads(run, net, data, classes, path):
                 part.load_state_dict(state.pop(name))
         except Exception:  # noqa: BLE001 -- a damaged file leads to any of them
             refuse(f"{path} cannot be gone on from, nothing in it was run: start over with --fresh")
-        None if run.rank else print(f"goes on from step {step} of {total}: --fresh starts over", file=sys.stderr)
+        if run.rank == 0:
+            print(f"goes on from step {step} of {total}: --fresh starts over", file=sys.stderr)
     if args.compile:
         model.encoder.compile()
     signals, unreadable, bad_step = heed_signals(), {}, torch.zeros((), dtype=torch.long, device=run.device)
@@ -461,7 +462,8 @@ def train_heads(run, net, data, classes, path):
             torch.save(state | {"step": step, "looks": looks}, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
         if stop:
-            None if run.rank else print(f"saved at step {step}, the same command goes on from there", file=sys.stderr)
+            if run.rank == 0:
+                print(f"saved at step {step}, the same command goes on from there", file=sys.stderr)
             sys.exit(128 + stop)
     bar.close()
     sweep = [{"lr": lr} | {k: float(np.median([look[i][k] for look in looks])) for k in looks[0][i]}
@@ -578,10 +580,10 @@ def few_labels(args, images, rows):
     order = torch.tensor(rows)[torch.randperm(len(rows), generator=seeded(args.seed, 11))]
     return sorted(row for c in range(len(images.classes)) for row in order[images.labels[order] == c][:n].tolist())
 
-def check_masks(images, rows):
+def check_masks(images, rows, part=""):
     """Refuses images without masks, and masks of another size than their image."""
     if not images.has_masks:
-        refuse(f"{images.name} has no masks: name their folder by --masks, or lay images/ and masks/ side by side")
+        refuse(f"{images.name} has no masks{part}: name their folder by --masks, or lay images/ and masks/ side by side")
     for i in tqdm(rows, "masks", leave=False, disable=os.environ.get("RANK", "0") != "0" or None):
         size = drawn = None
         with contextlib.suppress(Exception):  # unreadable: the loader's; scenes: no files. PNG's own getexif decodes
@@ -591,8 +593,7 @@ def check_masks(images, rows):
             refuse(f"the mask {os.fsdecode(images.masks[i])} is of {drawn} pixels, its image (EXIF applied) of {size}")
 
 def choose_data(args):
-    """-> training images and rows, test images and rows, checked. Without a split a seeded tenth is the test; retrieval
-    and localize, which learn nothing, take all."""
+    """-> training images, rows, test images, rows. Without a split a seeded tenth is the test; all if nothing learns."""
     train, val = (open_images(args.data, args.canvas, split, args.masks, args.cache) for split in ("train", "val"))
     learns, world = args.protocol not in ("retrieval", "localize"), int(os.environ.get("WORLD_SIZE", "1"))
     whole = list(range(learns * len(train))), val or train, list(range(len(val or train)))
@@ -600,10 +601,9 @@ def choose_data(args):
     rows, test, asked = split if split[1] is whole[1] else whole  # no label in common: masks need none, else refused
     if args.protocol == "segment":
         check_masks(train, rows)
-        check_masks(test, asked)
-    elif args.protocol == "localize":
-        check_masks(test, asked) if not len(test.source.boxes) else None
-    elif len(test.classes) < 2 or learns and test.classes != train.classes:
+    if args.protocol == "segment" or args.protocol == "localize" and not len(test.source.boxes):
+        check_masks(test, asked, " in val/" * (test is not train))
+    elif args.protocol != "localize" and (len(test.classes) < 2 or learns and test.classes != train.classes):
         refuse(f"--protocol {args.protocol} needs labels, a sub-folder for each class, the same in train/ and val/, or "
                f"name train/ alone: {train.name} has {len(train.classes)} classes, {len(test.classes)} to test")
     elif learns:

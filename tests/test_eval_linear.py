@@ -550,6 +550,11 @@ def test_data_that_does_not_fit_is_refused(folder, tmp_path):
           [f"{i:02d}.png" for i in range(20)])
     with pytest.raises(UserError, match="19.png is of"):
         run(tmp_path / "odd", tmp_path / "out", "segment")
+    names = [f"{i:02d}.png" for i in range(20)]
+    for part, value in (("train/images", pixels), ("train/masks", np.ones((8, 8), np.uint8)), ("val/images", pixels)):
+        write(tmp_path / "half" / part, [value] * 20, names)
+    with pytest.raises(UserError, match="has no masks in val/"):
+        run(tmp_path / "half", tmp_path / "out", "segment")
     (tmp_path / "list.txt").write_text("class0/nowhere.png\n")
     with pytest.raises(UserError, match="1 of its 1 lines"):
         run(folder, tmp_path / "out", "finetune", "--label-list", tmp_path / "list.txt")
