@@ -580,7 +580,7 @@ def fetch(images, order, workers, device):
 
 def batches(images, *, batch_size, seed, start, stop, rank=0, world=1, workers=0, device="cpu"):
     """One `Batch` a step, for the steps start..stop-1: rows rank*b .. (rank+1)*b of the global batch, b = batch_size /
-    world. Epoch e: a permutation from (seed, e) alone, of len(images) // batch_size steps. UserError if a worker dies."""
+    world. Epoch e: a permutation from (seed, e), len(images) // batch_size steps. UserError: bad batch, dead worker."""
     steps, rows = len(images) // batch_size, batch_size // world
     if batch_size % world or not steps:
         raise UserError(f"set a --batch-size up to the {len(images)} images and a multiple of the {world} processes")
