@@ -583,7 +583,7 @@ def few_labels(args, images, rows):
 def check_masks(images, rows, part=""):
     """Refuses images without masks, and masks of another size than their image."""
     if not images.has_masks:
-        refuse(f"{images.name} has no masks{part}: name their folder by --masks, or lay images/ and masks/ side by side")
+        refuse(f"{images.name} has no masks{part}: name their folder by --masks, or lay masks/ beside images/")
     for i in tqdm(rows, "masks", leave=False, disable=os.environ.get("RANK", "0") != "0" or None):
         size = drawn = None
         with contextlib.suppress(Exception):  # unreadable: the loader's; scenes: no files. PNG's own getexif decodes
@@ -593,7 +593,7 @@ def check_masks(images, rows, part=""):
             refuse(f"the mask {os.fsdecode(images.masks[i])} is of {drawn} pixels, its image (EXIF applied) of {size}")
 
 def choose_data(args):
-    """-> training images, rows, test images, rows. Without a split a seeded tenth is the test; all if nothing learns."""
+    """-> training images, rows, test images, rows. Without a split a seeded tenth tests; all if nothing learns."""
     train, val = (open_images(args.data, args.canvas, split, args.masks, args.cache) for split in ("train", "val"))
     learns, world = args.protocol not in ("retrieval", "localize"), int(os.environ.get("WORLD_SIZE", "1"))
     whole = list(range(learns * len(train))), val or train, list(range(len(val or train)))
