@@ -593,7 +593,8 @@ def check_masks(images, rows, part=""):
             refuse(f"the mask {os.fsdecode(images.masks[i])} is of {drawn} pixels, its image (EXIF applied) of {size}")
 
 def choose_data(args):
-    """-> training images, rows, test images, rows. Without a split a seeded tenth tests; all if nothing learns."""
+    """-> training images and rows, test images and rows, checked. Without a split a seeded tenth is the test; retrieval
+    and localize, which learn nothing, take all."""
     train, val = (open_images(args.data, args.canvas, split, args.masks, args.cache) for split in ("train", "val"))
     learns, world = args.protocol not in ("retrieval", "localize"), int(os.environ.get("WORLD_SIZE", "1"))
     whole = list(range(learns * len(train))), val or train, list(range(len(val or train)))

@@ -545,12 +545,11 @@ def test_data_that_does_not_fit_is_refused(folder, tmp_path):
     write(tmp_path / "gap", [pixels] * 21, [*(f"train/a/{i}.png" for i in range(18)), "val/a/0.png", "val/b/0.png"])
     with pytest.raises(UserError, match="1 of 2 classes have no training image, such as 'b'"):
         run(tmp_path / "gap", tmp_path / "out", "knn")
-    write(tmp_path / "odd" / "images", [pixels] * 20, [f"{i:02d}.png" for i in range(20)])
-    write(tmp_path / "odd" / "masks", [np.ones((8, 8 + (i == 19)), np.uint8) for i in range(20)],
-          [f"{i:02d}.png" for i in range(20)])
+    names = [f"{i:02d}.png" for i in range(20)]
+    write(tmp_path / "odd" / "images", [pixels] * 20, names)
+    write(tmp_path / "odd" / "masks", [np.ones((8, 8 + (i == 19)), np.uint8) for i in range(20)], names)
     with pytest.raises(UserError, match="19.png is of"):
         run(tmp_path / "odd", tmp_path / "out", "segment")
-    names = [f"{i:02d}.png" for i in range(20)]
     for part, value in (("train/images", pixels), ("train/masks", np.ones((8, 8), np.uint8)), ("val/images", pixels)):
         write(tmp_path / "half" / part, [value] * 20, names)
     with pytest.raises(UserError, match="has no masks in val/"):
