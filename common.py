@@ -269,10 +269,12 @@ class Images(torch.utils.data.Dataset):
         self.fingerprint = hashlib.sha256("".join(source.digest for source in sources).encode()).hexdigest()
         self.record = np.dtype([("canvas", "u1", (3, canvas, canvas)), ("size", "<i8", 2),
                                 ("mask", "u1", (int(self.has_masks), canvas, canvas)), ("label", "<i8")])
-        self.drawings, self.named = True, set()  # of 32 masks, as one of 0 and 255 may hold only void; named: reported
+        self.drawings, self.grey, self.named = True, False, set()    # by 32 masks: one may hold void alone or nothing
         for path in self.masks[::len(self.masks) // 32 + 1]:
             with contextlib.suppress(Exception):
-                self.drawings &= bool(np.isin(np.asarray(Image.open(os.fsdecode(path))), (0, 255)).all())
+                pixels = np.asarray(Image.open(os.fsdecode(path)))
+                self.drawings &= bool(np.isin(pixels, (0, 255)).all())
+                self.grey |= bool(((pixels > 127) & (pixels < 255)).any())
         if self.source.scene and len(self) * self.record.itemsize <= SCENE_BYTES:
             self.rows = np.frombuffer(mmap.mmap(-1, len(self) * self.record.itemsize), self.record)
             self.rows["label"] = -1              # not drawn yet
@@ -518,7 +520,7 @@ def open_images(spec, canvas, split="train", masks="", cache=""):
         images = Images(spec or "scenes", canvas, found) if (found := [*filter(None, sources)]) else None
         if images and cache:
             images.pack(cache if split == "train" else "{}.val{}".format(*os.path.splitext(cache)))
-    except OSError as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{spec} {cache}: {error}; check the path, its permissions and the space left") from error
     return images
 
@@ -558,7 +560,7 @@ def fetch(images, order, workers, device):
                     named.add(index)
                 yield batch
         except (RuntimeError, EOFError, OSError) as error:           # the last two: what a dead worker sent is lost
-            if isinstance(error, RuntimeError) and not re.search(r"DataLoader worker \(pid|Pin memory", str(error)):
+            if isinstance(error, RuntimeError) and not re.search(r"worker \(pid|Pin memory|Too many open", str(error)):
                 raise
             refuse(f"a data worker died ({' '.join(str(error).split()) or 'its batch is lost'}): start again, with "
                    "fewer --workers or more memory, also shared (/dev/shm), if it returns", local=True)
@@ -940,7 +942,7 @@ def load_backbone(path):
         with torch.serialization.safe_globals(harmless):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # noqa: BLE001 -- a damaged file can lead the reader to any of them
-        why, asked = (str(e) or repr(e)).splitlines()[0], re.search(r"GLOBAL ([\w.]+)", str(e))
+        why, asked = (str(e) or repr(e)).split("\n")[0].split(" In PyTorch")[0], re.search(r"GLOBAL ([\w.]+)", str(e))
         raise UserError(f"{path}: refused, nothing in it was run: it asks for the Python object {asked[1]}; save only "
                         "its state_dict()" if asked else f"{path}: no readable PyTorch checkpoint: {why}") from None
     return find_backbone(checkpoint, path)
@@ -1034,13 +1036,13 @@ def boundary_masks(canvas, dtype=torch.float32, side=64, ridge=100.0, sigma=0.03
     far = far / far.amax(1, keepdim=True).clamp_min(0.01)
     return crop(far.view(b, 1, side, side), all_of_it, canvas.shape[2], kernel="bilinear") > otsu(far)[..., None, None]
 
-def find_masks(batch, source="boundary", dtype=torch.float32):
+def find_masks(batch, source="boundary", dtype=torch.float32, grey=False):
     """-> mask B 1 S S bool, empty if under 1 % or over 90 % of the image; box B 2 2 around it, in fractions (low and
-    high ends, x y), the whole without a mask; usable B bool. source: boundary, truth, or the folder of batch.mask."""
+    high ends, x y), the whole without a mask; usable B bool. source: boundary, truth, a folder (grey: no numbers)."""
     mask = boundary_masks(batch.canvas, dtype) if source == "boundary" else (batch.mask > 0) & (batch.mask < 255)
     if source not in ("boundary", "truth"):  # numbers up to 127 with 255 as void; else grey, as detectors write it
         low, high = ((mask & part).amax((1, 2, 3), keepdim=True) for part in (batch.mask <= 127, batch.mask > 127))
-        mask = torch.where(low & ~high, mask, batch.mask > 127)
+        mask = torch.where(low & ~high & (not grey), mask, batch.mask > 127)
     share = mask.double().mean((1, 2, 3))
     usable, box = (share >= 0.01) & (share <= 0.9), []
     for axis in (2, 3):
@@ -1074,8 +1076,7 @@ def center_views(images, indices, size, net, pick=lambda out: out, batch_size=12
     net.eval()
     for batch in sequential(images, indices, batch_size=batch_size, workers=0, device="cpu"):
         box, side = center_boxes(batch.size, round(size * 256 / 224), size), batch.mask.shape[-1]
-        view = crop(batch.canvas, box, size, dtype=weight.dtype)
-        step = (torch.arange(size) + 0.5) / size
+        view, step = crop(batch.canvas, box, size, dtype=weight.dtype), (torch.arange(size) + 0.5) / size
         x, y = ((box[:, i, None] + step * (box[:, i + 2] - box[:, i])[:, None]).mul(side).long() for i in (0, 1))
         mask = batch.mask[torch.arange(len(view))[:, None, None], :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
         found.append((view, mask, pick(net(normalize(view.to(weight.device)))).cpu()))
@@ -1182,16 +1183,15 @@ def rendezvous(minutes):
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
     name, end = os.urandom(8).hex(), time.monotonic() + 60 * minutes
     store.set(f"token of rank {rank}", name)
-    if rank:
-        name = store.get(f"answer to {name}").decode()       # waits until it is there
-        store.add(f"ranks in {name}", 1)
-    while rank == 0 and store.add(f"ranks in {name}", 0) < world - 1:
+    while not store.check([f"answer to {name}"]) if rank else store.add(f"ranks in {name}", 0) < world - 1:
         if time.monotonic() > end:
             raise TimeoutError(f"not all {world} processes came together in --timeout-minutes {minutes}")
-        for token in (f"token of rank {r}" for r in range(1, world)):
+        for token in (f"token of rank {r}" for r in range(1, 1 if rank else world)):
             if store.check([token]):                        # of an earlier attempt as well: nobody waits for its answer
                 store.set(f"answer to {store.get(token).decode()}", name)
-        time.sleep(0.02)
+        time.sleep(0.1 if rank else 0.02)
+    name = store.get(f"answer to {name}").decode() if rank else name
+    store.add(f"ranks in {name}", int(rank > 0))
     return {"timeout": limit, "store": dist.PrefixStore(name, store), "rank": rank, "world_size": world}
 
 def run_script(train, parse_args):

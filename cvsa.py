@@ -23,17 +23,17 @@ little but the object is shared. (b) A loss by which the network finds, in one v
 
 Choices. The forms of (1) and (3) to (5) and the detector are ours. Detector: 64 x 64 pixels, ridge, Otsu; under 1 % or
 over 90 % is no mask: such an image is a plain sample and a host, for objects at their own place. Box: padded
-percentiles. Paste: 0.9-1.2 of the box, hard edges, aspect kept in original pixels, covers the host's box, skipped if
+percentiles. Paste: 0.9-1.2 of it, hard edges, aspect kept in original pixels, covers the host's box, skipped if
 enlarged over 3 times or outside 8-85 % of the host; p 0.5: edges can be a shortcut. Crops: the first of ten with a
-fifth of the object, or the whole host. Cells' masks are soft, under 1 % of a view void. Residual branches start at 0.
-d, p: BYOL's layers, a cell each. tau 0.1: few cells win. lambda 1. Deviations: crops come from a canvas (the whole
-image resized once to S x S), not the file; blur is a true Gaussian; one order of colour operations a step and view.
+fifth of the object, or the whole host; area 0.2-1, BYOL's, too. Cells' masks: soft, under 1 % of a view void. Residual
+branches start at 0. d, p: BYOL's layers, a cell each. tau 0.1: few cells win. lambda 1. Deviations: crops come from a
+canvas (the whole image resized once to S x S), not the file; true Gaussians; jitter in one order a step and view.
 
   python cvsa.py                                                  no data: embedded scenes-fine, minutes; see runs/
   python cvsa.py --data /data/CUB_200_2011 --init imagenet.pth    one GPU, batch 256; Cars, Aircraft, NABirds alike
   torchrun --nproc_per_node=8 cvsa.py --data /data/inat2018 --preset inat         eight GPUs, batch 4096
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 cvsa.py --data ...  two nodes
-At the start L_ssl is about 4 and L_align 1 (pooled: 2); (5) is never below its target's entropy, without data 0.82.
+At the start L_ssl is about 4 and L_align 1 (pooled: 2); (5) is at least its target's entropy, in the demo about 0.82.
 """
 import argparse
 import copy
@@ -453,7 +453,7 @@ def draw(model, teacher, images, indices, path, size, masks="boundary", show=8):
     without alignment, where the encoder does. Takes the first `show` of `indices`, a multiple of 4; of 3 one twice."""
     weight, indices = next(model.parameters()), (4 * list(indices))[:max(4, min(show, len(indices) // 4 * 4))]
     batch = next(sequential(images, indices, batch_size=show, workers=0, device=weight.device))
-    found, u = find_masks(batch, masks, weight.dtype), uniforms(0, 0, len(indices), sum(COLUMNS))
+    found, u = find_masks(batch, masks, weight.dtype, images.grey), uniforms(0, 0, len(indices), sum(COLUMNS))
     u[:, -2 * PHOTO_COLUMNS:] = 1  # no photometry
     views, masks, _ = make_views(batch, found, u, [range(4)] * 2, (0.2, 1.0), size, [0] * 4, 2, 1, True, weight.dtype)
     model.eval(), teacher.eval()
@@ -475,8 +475,8 @@ def draw(model, teacher, images, indices, path, size, masks="boundary", show=8):
     save_image(torch.cat(tiles).float(), path, nrow=len(indices))
 
 def object_mass(encoder, images, indices, size):
-    """Does the encoder tell the object from the rest? By true masks: object_mass, the share in % of the look (4) of
-    its last map, asked for the mean under the mask itself, that is on the object; object_area: an even look's."""
+    """Does the encoder tell object from ground? By true masks: object_mass, the share in % of the look (4; tau 0.1)
+    of its last map, asked for the mean under the mask itself, that is on the object; object_area: an even look's."""
     _, mask, x = center_views(images, indices, size, encoder, lambda out: out[-1])
     mask = F.adaptive_avg_pool2d(((mask > 0) & (mask < 255)).to(x), x.shape[2:])
     mass = attend(x, F.normalize(object_mean(x, mask), dim=1), mask)[2]
@@ -553,7 +553,7 @@ def train(args):
         momentum = schedule(step, total, args.momentum, 1.0)
         u = uniforms(args.seed, step, args.batch_size, sum(COLUMNS))[mine]
         orders = [jitter_order(args.seed, step, view) for view in (0, 1)]
-        found = find_masks(batch, args.masks, dtype)
+        found = find_masks(batch, args.masks, dtype, images.grey)
         views, masks, swapped = make_views(batch, found, u, orders, args.crop_area, args.image_size, args.jitter,
                                            args.blur, args.swap_prob, args.mask_crop == "on", dtype)
         measure = step + 1 in (1, total) or (step + 1) % args.log_every == 0

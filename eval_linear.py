@@ -85,7 +85,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("data")
     g.add_argument("--data", default="", help="nothing, scenes[-fine][:N]: embedded; a folder; Name:root; a,b joins")
     g.add_argument("--cache", default="", help="pack the resized images into this file once, then read them from it")
-    g.add_argument("--masks", default="", help="folder with a PNG for every image, of the same relative name")
+    g.add_argument("--masks", default="", help="PNGs of the images' relative names: numbers, 255 void; or 0 and 255")
     g.add_argument("--label-fraction", type=float, default=1.0, help="finetune: this share, as many of each class")
     g.add_argument("--label-list", default="", help="finetune: a file with a training image's name in each line")
     g.add_argument("--image-size", type=int, help="side of a view; tests resize the shorter side to 256/224 of it")
@@ -195,8 +195,7 @@ def retrieval_scores(x, y, device="cpu", chunk=256):
         hit = F.pad((y[order] == y[row, None]).double(), (0, 1))  # a column also for a single image
         relevant = hit.sum(1)
         precision = hit.cumsum(1) / torch.arange(1, len(x) + 1, device=device)
-        ap = (precision * hit).sum(1) / relevant.clamp_min(1)
-        asks = relevant > 0
+        ap, asks = (precision * hit).sum(1) / relevant.clamp_min(1), relevant > 0
         sums += torch.stack([hit[:, 0], hit[:, :5].amax(1), ap, asks.double()])[:, asks].sum(1).cpu()
     if not sums[3]:
         refuse("no two test images share a class: there is nothing to retrieve")
@@ -372,7 +371,7 @@ def enlarge(x, size):
 def test_heads(run, model, images, rows):
     """Every head on images[rows] -> a list of {"top1", "top5"} or {"miou", "pixel_accuracy"}, in %."""
     classes = model.heads[0].out_channels
-    counts = torch.zeros(len(model.heads), classes, max(2, classes), dtype=torch.long, device=run.device)
+    counts = torch.zeros(len(model.heads), *(classes, classes) if model.dense else (1, 2), device=run.device).long()
     model.eval()
     for batch, _, mask, x in last_maps(run, model.encoder, images, share(rows, run), "testing"):
         for i, logits in enumerate(model.classify(x)):
@@ -395,7 +394,7 @@ def train_heads(run, net, data, classes, path):
     frozen, dense = args.protocol != "finetune", args.protocol == "segment"
     epoch, total, stretch = run_length(args, len(rows))
     torch.manual_seed(args.seed)
-    lrs = args.lrs if frozen else [args.head_lr]
+    lrs, step, looks = args.lrs if frozen else [args.head_lr], 0, []
     model = Classifier(net, classes, len(lrs), frozen, dense, args.feature_bn).train()
     sync_batchnorm(model.to(run.device, run.dtype, memory_format=torch.channels_last), run.device)
     groups = [{"params": list(head.parameters()), "peak": lr * (args.batch_size / 256 if frozen else 1)}
@@ -406,8 +405,9 @@ def train_heads(run, net, data, classes, path):
     scaler = torch.amp.GradScaler(run.device.type, enabled=False) if frozen else run.scaler
     parts = {"heads": model.heads, "norm": model.norm, "optimizer": optimizer, "scaler": scaler}
     parts |= {} if frozen else {"encoder": model.encoder}
-    step, looks = 0, []
-    if path.exists() and not (args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"):
+    if args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # not when torchrun restarts a run
+        path.unlink(missing_ok=True)
+    if path.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             step, looks = state["step"], state["looks"]
@@ -478,8 +478,7 @@ def cluster(run, net, data, classes):
     """segment --unsupervised: k-means of unit features, 64 cells an image of at most 4,096 training images; a SlotCon
     teacher's prototypes, merged to `classes` groups by k-means, weighted by the cells they win. A test pixel takes the
     highest enlarged cosine. -> measures; for the picture network, pick, and a function of what is picked: classes"""
-    train, rows, test, asked = data
-    pick, prototypes, state = lambda out: out[-1], None, {}
+    (train, rows, test, asked), pick, prototypes, state = data, lambda out: out[-1], None, {}
     with contextlib.suppress(Exception):  # random; a release's file, with more than tensors in it
         state = torch.load(run.args.weights, map_location="cpu", weights_only=True)
     if state.get("method") == "slotcon":
@@ -588,6 +587,8 @@ def check_masks(images, rows, part=""):
         size = drawn = None
         with contextlib.suppress(Exception):  # unreadable: the loader's; scenes: no files. PNG's own getexif decodes
             image, drawn = (Image.open(os.fsdecode(files[i])) for files in (images.files, images.masks))
+            if image.format == "TIFF":  # it is turned by Pillow, by some versions as late as here
+                image.load()
             size, drawn = image.size[::-1 if Image.Image.getexif(image).get(0x0112) in range(5, 9) else 1], drawn.size
         if size and drawn != size:
             refuse(f"the mask {os.fsdecode(images.masks[i])} is of {drawn} pixels, its image (EXIF applied) of {size}")
@@ -635,8 +636,7 @@ NOT_COMPARED = ("data", "cache", "masks", "weights", "workers", "out", "fresh", 
 
 def main(args):
     """One evaluation: prints its table and its line of JSON, which OUT/results.jsonl gets. -> that line, on rank 0."""
-    started = time.time()
-    weights = None if args.weights == "random" else load_backbone(args.weights)
+    started, weights = time.time(), None if args.weights == "random" else load_backbone(args.weights)
     data = choose_data(args)
     device = setup_processes(args.device, args.timeout_minutes)
     run = Run(args, device, *numerics(args.precision, device, args.deterministic), *process())
@@ -681,7 +681,7 @@ def main(args):
             found = {f"top1_k{k}": 100 * (vote == y).double().mean().item() for k, vote in zip(args.k, votes)}
         elif run.rank == 0:
             found = retrieval_scores(x, y, device)
-    lost = int(gather(torch.tensor(sum(len(images.named) for images in {data[0], data[2]})).to(device)).sum())
+    lost = agree([], 0, {(images.fingerprint, i): "" for images in (data[0], data[2]) for i in images.named}, 1e12)[1]
     if run.rank:
         return None
     line = {"protocol": args.protocol, "weights": args.weights, "arch": args.arch, "data": args.data or "scenes",

@@ -19,8 +19,8 @@ goes through the teacher's head and is what this very crop has to predict. It is
   (6) centres  c <- 0.9 c + 0.1 mean of the teacher's logits of both global views, after the loss; for g and each h_i
   (7) teacher  xi <- m xi + (1 - m) theta after the step; parameters only: it has its own batch norm, in train mode
 
-Traps of the original, handled here: a checkpoint restores all centres; a batch of one map; the stop at a loss that is
-not finite; all is seeded. Kept, as the published figures come from it: only view 1 is searched (--search-views), its
+Traps of the original, handled here: a checkpoint restores all centres; the stop at a loss that is not finite; one map,
+in eval mode; all is seeded. Kept, as the published figures come from it: only view 1 is searched (--search-views), its
 targets have no centre (--search-center), the gate A is a bare cosine (--gate), each tensor's gradient is clipped alone.
 Deviations: crops come from a canvas (the whole image resized once to S x S), not the file; blur is a true Gaussian;
 the four colour operations come in one order a step and view; bf16 where it is fast, the release fp16 (--precision).
@@ -30,8 +30,8 @@ Controls: --stages '' is DINO; --search off adds (2) alone; --search uniform set
   python scfs.py --data /data/imagenet                                 one GPU, the release's 200 epochs, batch 256
   torchrun --nproc_per_node=8 scfs.py --data /data/imagenet            eight GPUs: the same batch, the same numbers
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 scfs.py --data ...   two nodes
-At the start loss_view is near ln O = 11.1 and a stage's terms 4.7 to 5.8 (no data: 6.4; 4.6 to 4.8); that they rise
-with tau_t is no divergence.
+At step 1 loss_view is near 10.4 and a stage's terms 4.7 to 5.8 (no data: 6.4; 4.6 to 4.8). That the former rises to
+ln O = 11.1 while the centre arrives, and all of them with tau_t, is no divergence.
 """
 import argparse
 import copy
@@ -120,6 +120,8 @@ def parse_args(argv=None):
         refuse("--center-momentum and --momentum lie in 0..1, 0 < MIN <= MAX <= 1 in --crop-area and --local-area")
     if args.stages and not {*args.stages.split(",")} <= {*"1234"}:
         refuse(f"--stages {args.stages}: name some of 1,2,3,4 with commas between, as in 2,3,4")
+    if not args.tau_t_epochs and args.tau_t[0] != args.tau_t[1]:
+        refuse("--tau-t START has nothing to do with --tau-t-epochs 0: give END twice, or epochs to get there")
     args.stages = sorted({int(i) for i in args.stages if i != ","})
     searches = args.search if args.stages else "off"
     if searches != "on" and args.gate != "cosine":

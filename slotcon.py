@@ -487,7 +487,7 @@ def train(args):
     split = knn_split(images, open_images(args.data, args.canvas, "val", cache=args.cache), args.seed)
     epoch, total, stretch = run_length(args, len(images))  # in steps; --steps stretches all that is given in epochs
     warmup, knn_every = (int(x * epoch * stretch + 1e-6) for x in (args.warmup_epochs, args.knn_every))
-    teacher_steps = int(len(images) / args.batch_size * args.epochs * stretch)  # no whole epochs here: as the release
+    teacher_steps = int(len(images) / args.batch_size * args.epochs * stretch + 1e-6)  # no whole epochs: the release
     settings = settings_of(args, images)
     out, state = Path(args.out), load_checkpoint(args.out, "slotcon", settings, args.fresh)
 
@@ -580,7 +580,7 @@ def train(args):
         if values["slots_per_image"] < 1.05 and args.prototypes > 1:
             log.say("warning: one prototype takes each whole view: lower --lr, raise --tau-t (or maps are too small)")
         if step > total / 4 and values["teacher_entropy"] > 0.98 * math.log(args.prototypes) > 0:
-            log.say("warning: no prototype specialises, the teacher is still uniform: lower --tau-t or train longer")
+            log.say("warning: all prototypes are alike to the teacher, its entropy is near ln K: lower --tau-t")
         if rank == 0 and (saves or stop):
             state = {"method": "slotcon", "step": step, "settings": settings, "shape": shape}
             save_checkpoint(out, state | {name: part.state_dict() for name, part in parts.items()}, teacher.encoder)

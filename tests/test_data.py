@@ -696,6 +696,10 @@ def test_cache_of_other_data_is_refused(tmp_path):
         (tmp_path / "c").write_text(other)
         with pytest.raises(common.UserError, match="version None.*delete this one if it is a cache"):
             common.open_images(str(root), SIDE, cache=cache)
+    for damaged in (b'{"version": [}', b'{"version": "\xff"}'):
+        (tmp_path / "c").write_bytes(damaged)
+        with pytest.raises(common.UserError, match=f"{tmp_path / 'c'}: .*check"):
+            common.open_images(str(root), SIDE, cache=cache)
     with pytest.raises(common.UserError, match="nowhere"):
         common.open_images(str(root), SIDE, cache=str(tmp_path / "nowhere/c"))
 

@@ -268,6 +268,10 @@ def test_interrupted_and_gone_on_is_never_interrupted(folder, tmp_path, protocol
     a, b = (checkpoint(tmp_path / name) for name in ("whole", "parts"))
     assert all(torch.equal(v, b[part][k]) for part in ("heads", "norm", "encoder") for k, v in a.get(part, {}).items())
     assert measures(run(folder, tmp_path / "parts", *protocol)) == measures(whole)  # finished: nothing is trained
+    monkeypatch.setattr(ev, "heed_signals", lambda: 1 / 0)  # --fresh dies before its first checkpoint: the old one is gone
+    with pytest.raises(ZeroDivisionError):
+        run(folder, tmp_path / "parts", *protocol, "--fresh")
+    assert not list((tmp_path / "parts").glob("*.pt"))
 
 
 @pytest.mark.parametrize("drops", [[], ["--drop-epochs", "1", "2"]])
@@ -313,11 +317,14 @@ def test_heads_are_counted_by_hand(folder, monkeypatch):
     logits[2, :, 7] = math.nan
     batch = type("Batch", (), {"label": labels})
     monkeypatch.setattr(ev, "last_maps", lambda *a: [(batch, None, None, None)])
+    counted = []
+    monkeypatch.setattr(ev, "gather", lambda x: counted.append(x.shape) or x[None])
     model = torch.nn.Module()
     model.heads, model.dense = [torch.nn.Conv2d(1, 10, 1)] * 3, False
     model.encoder, model.classify = None, lambda x: list(logits)
     found = ev.test_heads(type("Run", (), {"device": "cpu", "rank": 0, "world": 1}), model, None, range(4))
     assert found == [{"top1": 100, "top5": 100}, {"top1": 25, "top5": 75}, {"top1": 0, "top5": 0}]
+    assert counted == [(3, 1, 2)]  # not 10 x 10, which of 10,000 classes and 20 heads would be 16 GB
 
 
 def test_views_of_tests(folder, tmp_path, monkeypatch):
@@ -490,6 +497,8 @@ def two(rank, port, folder, out):
 
 
 def test_two_processes_give_one_processs_numbers(folder, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / "data")
+    sorted((folder / "images" / "train").rglob("*.png"))[3].write_bytes(b"x")  # both processes meet it: it counts once
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -583,14 +592,15 @@ def test_the_val_folder_is_the_test_whatever_its_folders_are_called(tmp_path):
 def test_masks_fit_images_as_exif_turns_them(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    for name, size in (("good", (24, 40)), ("raw", (40, 24))):
+    for name, size, kind_of_file in (("good", (24, 40), "jpg"), ("tiff", (24, 40), "tif"), ("raw", (40, 24), "jpg")):
         for i in range(20):
             for kind in ("images", "masks"):
                 (tmp_path / name / kind).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (40, 24)).save(tmp_path / name / "images" / f"{i}.jpg", exif=exif)
+            Image.new("RGB", (40, 24)).save(tmp_path / name / "images" / f"{i}.{kind_of_file}", exif=exif)
             Image.new("L", size, 1).save(tmp_path / name / "masks" / f"{i}.png")
     argv = [*TINY, "--protocol", "segment", "--data"]
     ev.choose_data(ev.parse_args([*argv, str(tmp_path / "good")]))
+    ev.choose_data(ev.parse_args([*argv, str(tmp_path / "tiff")]))  # which Pillow turns by itself
     with pytest.raises(UserError, match=r"is of \(40, 24\) pixels, its image \(EXIF applied\) of \(24, 40\)"):
         ev.choose_data(ev.parse_args([*argv, str(tmp_path / "raw")]))
 

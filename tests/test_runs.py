@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import skimage
 import torch
+import torch.distributed as dist
 import torchvision
 from launch import (
     METHODS,
@@ -298,6 +299,16 @@ def test_lengths(name, most):
         pytest.skip(f"no {name}.py")
     lines = path.read_text().splitlines()
     assert len(lines) <= most and max(map(len, lines)) <= 120
+
+
+def test_a_process_that_waits_in_vain_says_so(monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for rank in "01":
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"),
+                            ("MASTER_PORT", str(store.port)), ("TORCHELASTIC_USE_AGENT_STORE", "True")):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(TimeoutError, match="not all 2 processes came together"):
+            common.rendezvous(0.005)
 
 
 def test_ruff_is_clean():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torchvision.io import read_image
 
 import scfs
-from common import UserError, normalize, open_images, sync_batchnorm, uniforms
+from common import UserError, jitter_order, normalize, open_images, sync_batchnorm, uniforms
 
 B, K, D, O, GLOBAL, LOCAL = 4, 3, 6, 10, 32, 16  # images, crops, widths, pixels
 STAGES = (2, 3, 4)
@@ -428,7 +428,7 @@ def test_draw(tmp_path):
 @pytest.mark.parametrize("words", ["--stages 2,5", "--stages two", "--local-crops 0", "--tau-t 0 0.1", "--local-area 0.3 0.1",
                                    "--crop-area 0 1", "--momentum 1.5", "--search maybe", "--out-dim 0", "--stages ,",
                                    "--gate softmax --search uniform", "--gate softmax --search off", "--gate softmax --stages=",
-                                   "--search-center --search off", "--search-views both --stages="])
+                                   "--search-center --search off", "--search-views both --stages=", "--tau-t 0.02 0.04"])
 def test_refused(words):
     with pytest.raises(UserError) as error:
         scfs.parse_args(words.split())
@@ -439,3 +439,19 @@ def test_stages_and_presets():
     assert scfs.parse_args(["--stages", ""]).stages == [] and scfs.parse_args(["--stages", "4,2"]).stages == [2, 4]
     args = scfs.parse_args(["--data", "x", "--batch-size", "512", "--lr", "0.2"])
     assert (args.preset, args.stages, args.epochs, args.lr, args.clip, args.out_dim) == ("imagenet-200ep", [2, 3, 4], 200, 0.2, 3, 65536)
+
+def test_the_loss_at_the_first_step_of_the_preset():
+    """What scfs.py and README give: loss_view is near 10.4, not ln O, as the teacher is the student and no centre is there yet,
+    then rises as the centre comes; the stages' terms are 4.7 to 5.8."""
+    args = scfs.parse_args(["--data", "scenes:8", "--preset", "imagenet-200ep"])
+    torch.manual_seed(0)
+    model = scfs.Model(args.arch, out_dim=args.out_dim, hidden=args.hidden, dim=args.dim)
+    teacher, n = model.make_teacher(), 2 + args.local_crops
+    u, orders = uniforms(0, 0, 8, scfs.VIEW_COLUMNS * n), [jitter_order(0, 0, v) for v in range(n)]
+    batch = open_images(args.data, args.canvas).__getitems__(list(range(8)))
+    with torch.no_grad():
+        views = scfs.make_views(batch, u, orders, args, torch.float32)
+        targets = teacher(views[0])
+        first, second = (model(views, targets, teacher.stage_heads, args.tau_t[0]) for _ in range(2))
+    assert 10.2 < first["loss_view"] < second["loss_view"] < math.log(65536)
+    assert all(4.7 < v < 5.8 for name, v in first.items() if name[:-1] in ("loss_global", "loss_search"))
