@@ -23,11 +23,11 @@ pair, and how much each pair's loss counts.
 Choices. (1): the target's map in eval mode, steadier than the online network's; activation, the simplest; flat for 10 %
 of the steps, when padding makes borders hot. (3): M = 50, areas and T, so that chosen boxes hold 1.5 times the mean
 saliency yet reach everywhere, or the model would see only what it knows; partners as in ORL (Xie et al., NeurIPS 2021),
-50 tries for its 200. (4), the recipe: BYOL as in ORL's public COCO configuration; one predictor and pass for all crops,
-it has two; running statistics of v_1, v_2 only; infonce's negatives. (6): mean 1, so that loss scale and learning rate
-stay. K, crop sizes, lambda, gamma. Deviations: crops come from a canvas (the whole image resized once to S x S), not
-the file, by bicubic; true Gaussians; the four colour operations come in one order a step and view.
-Small crops help by themselves: the control of every claim is B1, as many at random places with weights 1.
+50 tries for its 200. (4), the recipe: BYOL as in ORL's public COCO configuration, but one predictor, not three, and one
+pass for crops; running statistics of v_1, v_2 only; heads as the framework starts them; warm-up from 1 %; infonce's
+negatives. (6): mean 1, so that loss scale and rate stay. K, crop sizes, lambda, gamma. Deviations: crops come from a
+canvas (the whole image resized once to S x S), not the file; true Gaussians; jitter in one order a step and view.
+Small crops help by themselves, and (3) favours small ones: the control is B1, as many at random places with weights 1.
   B1  --saliency none               A1  --no-weight-saliency     C1  --saliency shuffled   another image's map
   A2  --no-crop-saliency            A3  (no flag: the method)    C2  --saliency inverted   C3  --saliency truth  masks
 
@@ -69,7 +69,7 @@ from common import (  # isort: skip
 ORL = {"arch": "resnet50", "image_size": 224, "canvas": 512, "batch_size": 512, "epochs": 800.0, "optimizer": "sgd",
        "lr": 0.2, "weight_decay": 1e-4, "warmup_epochs": 4.0, "dim": 256, "hidden": 4096, "crop_size": 96,
        "crop_area": [0.08, 1.0], "momentum": 0.99, "save_every": 1000, "log_every": 50, "knn_every": 10.0}  # ORL's
-PRESETS = {  # choice: infonce in the demo; in its few minutes byol learns little (figures in the README)
+PRESETS = {  # choice: infonce in the demo; byol learned little there (tests/results/demo, attempts)
     "demo": {"arch": "small", "image_size": 64, "canvas": 96, "batch_size": 32, "epochs": 3.0, "optimizer": "adamw",
              "lr": 8e-3, "final_lr": 0.0, "weight_decay": 0.01, "warmup_epochs": 0.3, "dim": 128, "hidden": 512,
              "crop_size": 32, "crop_area": [0.2, 1.0], "blur": 0.6, "jitter": [0.6, 0.4, 0.2, 0.5], "momentum": 0.97,
