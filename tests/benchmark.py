@@ -892,7 +892,8 @@ def bytes_table(part, results):
                      number(r["gradients_ms"]), number(r["exposed_ms"]), number(9 * r["exposed_ms"]), efficiency])
     about = ("On paper, the recipes with nn.SyncBatchNorm: MB that each GPU receives in a step. Assumed, not measured: "
              "{:g} GB/s a GPU inside 8, {:g} beyond, {:g} us a batch-norm call (--link, --latency). Gradients travel "
-             "during the backward pass, taken as half the step; batch norm and keys make everything wait. Efficiency: "
+             "during the backward pass, taken as half the step; batch norm and keys make everything wait. Same batch: the "
+             "recipe's, or 4 images a GPU where that is more; same images a GPU: as on 8. Efficiency: "
              "step over step and waiting, from (3)'s images/s.").format(*page["link_gb_s"], page["latency_us"])
     lines += [about, "", *table(["script", "GPUs", "kind", "batch", "images a GPU", "gradients MB", "batch norm MB",
                           "keys, centres MB at most", "batch-norm calls", "gradients ms", "waiting ms",
