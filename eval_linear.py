@@ -426,7 +426,7 @@ def train_heads(run, net, data, classes, path):
                      stop=total, rank=run.rank, world=run.world, device=run.device, workers=args.workers)
     module = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if dist.is_initialized() else model
     bar = tqdm(total=total, initial=step, unit="step", disable=run.rank > 0 or None)
-    while step < total:
+    while step < total or next(loader, None):  # also if all is done it compares what the processes found
         batch = next(loader)
         unreadable |= dict(batch.unreadable)
         u = share(uniforms(args.seed, step, args.batch_size, RRC_COLUMNS + 1), run)
@@ -464,7 +464,7 @@ def train_heads(run, net, data, classes, path):
         if stop:
             if run.rank == 0:
                 print(f"saved at step {step}, the same command goes on from there", file=sys.stderr)
-            sys.exit(128 + stop)
+            sys.exit(128 + stop + int(gather(bad_step).sum()))  # which is 0, but waits until rank 0 has saved
     bar.close()
     sweep = [{"lr": lr} | {k: float(np.median([look[i][k] for look in looks])) for k in looks[0][i]}
              for i, lr in enumerate(lrs)]

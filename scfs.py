@@ -523,7 +523,9 @@ def train(args):
     log.say(f"scfs, preset {args.preset}: {len(images)} images, {total} steps of {args.batch_size} on {world} x "
             f"{device.type}, {str(half or dtype)[6:]}, to {out}"
             + (f"; goes on from step {step}. {state['note']}" if state else ""))
-    if step == total:
+    data = batches(images, batch_size=args.batch_size, seed=args.seed, start=step, stop=total, rank=rank, world=world,
+                   workers=args.workers, device=device)
+    if step == total and next(data, None) is None:  # its start compares what the processes found
         return log.say("this run is finished, there is nothing to do: --fresh starts over")
 
     def look(step):  # rank 0 looks at the teacher; the others wait for it at the next collective
@@ -538,8 +540,6 @@ def train(args):
             net.compile(dynamic=False)  # two sizes of views, a graph for each
     unreadable, bad_step = {}, torch.zeros((), dtype=torch.long, device=device)
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)  # this process's rows
-    data = batches(images, batch_size=args.batch_size, seed=args.seed, start=step, stop=total, rank=rank, world=world,
-                   workers=args.workers, device=device)
     log.restart()
     while step < total:
         tick = time.perf_counter()
@@ -562,8 +562,8 @@ def train(args):
         scaler.scale(losses["loss"]).backward()
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        finite = losses["loss"].isfinite() & (grad_norm.isfinite() | scaler.is_enabled())  # fp16: the scaler skips it
-        bad_step = torch.where((bad_step == 0) & ~finite, step + 1, bad_step)
+        finite = losses["loss"].isfinite() & (grad_norm.isfinite() | (scaler.scale(torch.ones_like(grad_norm)) > 1))
+        bad_step = torch.where((bad_step == 0) & ~finite, step + 1, bad_step)  # fp16: a scale above 1 is halved instead
         clip_each(model.parameters(), args.clip)
         if step < frozen:  # no gradient: no weight decay and no momentum either
             model.student.view_head.prototypes.weight.grad = None
@@ -581,7 +581,7 @@ def train(args):
         values = {"step": step, "epoch": step / epoch, **{k: gather(v.detach()).mean() for k, v in losses.items()},
                   "lr": lr, "momentum": momentum, "grad_norm": grad_norm, **gauges(targets, model.center, tau_t),
                   "tau_t": tau_t, "frozen": int(step <= frozen), "unreadable": lost, **log.rates(device)}
-        log.line(values | (at_start if step == 1 else {}) | (look(step) if looks else {}))
+        log.line(values | (at_start if step == 1 else {}) | ({} if not looks or stop and step < total else look(step)))
         constant = [i for i in args.stages if values.get(f"gate_spread{i}", 1) < 0.02 * values.get(f"gate_mean{i}", 0)]
         if constant and args.search == "on":
             log.say(f"warning: the gate of stages {constant} is nearly constant: the search does nothing there")
@@ -592,7 +592,7 @@ def train(args):
             save_checkpoint(out, state | {name: part.state_dict() for name, part in parts.items()}, teacher.encoder)
         if stop:
             log.say(f"{signal.Signals(stop).name}: saved at step {step}, the same command goes on from there")
-            sys.exit(128 + stop)
+            sys.exit(128 + stop + int(gather(bad_step).sum()))  # which is 0, but waits until rank 0 has saved
     log.say(f"done: {out}/backbone.pth is the teacher's encoder, {out}/pictures where it looks")
 
 if __name__ == "__main__":

@@ -520,7 +520,9 @@ def train(args):
     log.say(f"slotcon, preset {args.preset}: {len(images)} images, {total} steps of {args.batch_size} on {world} x "
             f"{device.type}, {str(half or dtype)[6:]}, to {out}"
             + (f"; goes on from step {step}. {state['note']}" if state else ""))
-    if step == total:
+    data = batches(images, batch_size=args.batch_size, seed=args.seed, start=step, stop=total, rank=rank, world=world,
+                   workers=args.workers, device=device)
+    if step == total and next(data, None) is None:  # its start compares what the processes found
         return log.say("this run is finished, there is nothing to do: --fresh starts over")
 
     def look(step):  # rank 0 looks at the teacher; the others wait for it at the next collective
@@ -536,8 +538,6 @@ def train(args):
         teacher.compile()
     unreadable, bad_step = {}, torch.zeros((), dtype=torch.long, device=device)
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)  # this process's rows
-    data = batches(images, batch_size=args.batch_size, seed=args.seed, start=step, stop=total, rank=rank, world=world,
-                   workers=args.workers, device=device)
     log.restart()
     while step < total:
         tick = time.perf_counter()
@@ -560,8 +560,8 @@ def train(args):
         scaler.scale(losses["loss"]).backward()
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        finite = losses["loss"].isfinite() & (grad_norm.isfinite() | scaler.is_enabled())  # fp16: the scaler skips it
-        bad_step = torch.where((bad_step == 0) & ~finite, step + 1, bad_step)
+        finite = losses["loss"].isfinite() & (grad_norm.isfinite() | (scaler.scale(torch.ones_like(grad_norm)) > 1))
+        bad_step = torch.where((bad_step == 0) & ~finite, step + 1, bad_step)  # fp16: a scale above 1 is halved instead
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.step(optimizer)
@@ -576,7 +576,7 @@ def train(args):
         values = {"step": step, "epoch": step / epoch, **{k: gather(v.detach()).mean() for k, v in losses.items()},
                   "lr": lr, "momentum": momentum, "grad_norm": grad_norm, **gauges(targets, model.center, args.tau_t),
                   "no_overlap": gather(missed.to(dtype)).mean(), "unreadable": lost, **log.rates(device)}
-        log.line(values | (at_start if step == 1 else {}) | (look(step) if looks else {}))
+        log.line(values | (at_start if step == 1 else {}) | ({} if not looks or stop and step < total else look(step)))
         if values["slots_per_image"] < 1.05 and args.prototypes > 1:
             log.say("warning: one prototype takes each whole view: lower --lr, raise --tau-t (or maps are too small)")
         if step > total / 4 and values["teacher_entropy"] > 0.98 * math.log(args.prototypes) > 0:
@@ -586,7 +586,7 @@ def train(args):
             save_checkpoint(out, state | {name: part.state_dict() for name, part in parts.items()}, teacher.encoder)
         if stop:
             log.say(f"{signal.Signals(stop).name}: saved at step {step}, the same command goes on from there")
-            sys.exit(128 + stop)
+            sys.exit(128 + stop + int(gather(bad_step).sum()))  # which is 0, but waits until rank 0 has saved
     log.say(f"done: {out}/backbone.pth is the teacher's encoder, {out}/pictures shows its slots")
 
 if __name__ == "__main__":

@@ -185,12 +185,46 @@ def folder_of_its_own():  # in each process: the checkpoint is on a disk that th
     sys.argv[sys.argv.index("--out") + 1] += f"/{os.environ['RANK']}"
 
 
+@pytest.mark.parametrize("finished", [False, True])
 @row("two ranks that find different checkpoints: refused before the first step")
-def test_processes_that_found_different_checkpoints(script, tmp_path):
+def test_processes_that_found_different_checkpoints(script, tmp_path, finished):
     shutil.copytree(reference(script), tmp_path / "1")
-    (tmp_path / "1" / "checkpoint.pt").unlink()  # there is the one before it, which is not finished
+    if not finished:
+        (tmp_path / "1" / "checkpoint.pt").unlink()  # there is the one before it, which is not finished
     run = Run(script, flags(script, tmp_path), processes=2, before=folder_of_its_own)
     assert "--out where all nodes see it" in run.refusal()
+
+
+def slow_to_save():
+    for script in SCRIPTS:
+        module = importlib.import_module(script)
+        module.save_checkpoint = lambda *a, plain=module.save_checkpoint: (time.sleep(3), plain(*a))
+
+
+@row("a signal to rank 1 alone: it stays until rank 0 has saved, as torchrun ends the others soon after the first")
+def test_nobody_leaves_before_the_checkpoint_is_there(script, out):
+    run = Run(script, flags(script, out, "--save-every", 100), processes=2, before=slow_to_save).until_step(2)
+    run.kill(signal.SIGTERM, rank=1)
+    run.forks[1].join(60)
+    assert not run.forks[1].is_alive() and (out / "checkpoint.pt").exists()
+    run.wait(128 + signal.SIGTERM)
+
+
+def signal_at_step_2():
+    for script in SCRIPTS:
+        module = importlib.import_module(script)
+        module.agree = lambda *seen, calls=[]: (calls.append(seen), (signal.SIGTERM if len(calls) == 2 else 0, 0))[1]
+
+
+@row("a signal at a step with a look: saved without it, there may be no time")
+def test_no_look_at_a_signal(script, out):
+    every = importlib.import_module(script).PRESETS["demo"]["epochs"] / 5  # two of ten steps
+    more = ["--knn-every", every]
+    Run(script, flags(script, out, *more), before=signal_at_step_2).wait(128 + signal.SIGTERM)
+    assert assert_whole(out) == steps_of(out)[-1] == 2
+    go_on(script, out, *more)
+    numbers = {path.stem[-7:] for path in (out / "pictures").iterdir()}
+    assert {int(n) for n in numbers if n.isdigit()} == {0, 4, 6, 8, 10}
 
 
 @row("one of two ranks killed under torchrun --max-restarts: comes back by itself")
@@ -466,6 +500,22 @@ def test_overflow_is_skipped(script, out):
     assert steps_of(out) == list(range(1, 11))
     for line in (out / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def gradients_that_are_nan():
+    for script in SCRIPTS:
+        module = importlib.import_module(script)
+        module.numerics = lambda *a: (torch.float32, None, torch.amp.GradScaler("cpu", init_scale=4.0))
+        def make_teacher(model, plain=module.Model.make_teacher):
+            teacher = plain(model)
+            next(model.parameters()).register_hook(lambda g: g * math.nan)
+            return teacher
+        module.Model.make_teacher = make_teacher
+
+
+@row("fp16, gradients not finite whatever the scale: stops naming the step at which it has fallen to 1")
+def test_not_finite_at_any_scale(script, out):
+    assert "not finite at step 3," in Run(script, flags(script, out), before=gradients_that_are_nan).refusal()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
