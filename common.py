@@ -251,9 +251,9 @@ def squeeze_mask(mask, side, trimap=False, drawing=True):
 
 class Images(torch.utils.data.Dataset):
     """Canvases of the images of one or several listed sources; a DataLoader gets a `Batch` for a list of indices.
-    name, canvas (side in pixels), classes (names, empty without), has_masks, fingerprint (sha256 over sorted names and
-    sizes, wherever the root lies). Scenes are drawn once, when asked for, into memory that forked workers share. For an
-    image that cannot be read the next readable one, or after 30 one further on, stands in, and it is reported."""
+    name, canvas (side in pixels), classes (names, empty without), has_masks, grey (by 32 masks: shades of 128..254),
+    fingerprint (sha256 over sorted names and sizes, wherever the root lies). Scenes are drawn once, into memory that
+    workers share. For an unreadable image, reported, the next readable one, or after 30 one further on, stands in."""
 
     def __init__(self, name, canvas, sources):
         self.name, self.canvas, self.source, self.rows, self.broken = name, canvas, sources[0], None, {}

@@ -487,7 +487,7 @@ def train(args):
     split = knn_split(images, open_images(args.data, args.canvas, "val", cache=args.cache), args.seed)
     epoch, total, stretch = run_length(args, len(images))  # in steps; --steps stretches all that is given in epochs
     warmup, knn_every = (int(x * epoch * stretch + 1e-6) for x in (args.warmup_epochs, args.knn_every))
-    teacher_steps = int(len(images) / args.batch_size * args.epochs * stretch + 1e-6)  # no whole epochs: the release
+    teacher_steps = int(len(images) / args.batch_size * args.epochs * stretch + 1e-6)  # no whole epochs, as released
     settings = settings_of(args, images)
     out, state = Path(args.out), load_checkpoint(args.out, "slotcon", settings, args.fresh)
 
