@@ -448,7 +448,8 @@ def train_heads(run, net, data, classes, path):
         scaler.step(optimizer)
         scaler.update()
         step += 1
-        bad_step = torch.where((bad_step == 0) & ~losses.isfinite().any(), step, bad_step)  # of a sweep: all of them
+        bad = ~losses.isfinite().any() | (scaler.scale(torch.ones_like(n)) < 1)  # all of a sweep; fp16: even at scale 1
+        bad_step = torch.where((bad_step == 0) & bad, step, bad_step)
         bar.update()
         if step in ends:
             looks.append(test_heads(run, model, test, asked))
@@ -458,8 +459,7 @@ def train_heads(run, net, data, classes, path):
         stop, _ = agree(signals, bad_step, unreadable, len(rows))
         bar.set_postfix(loss=f"{gather(losses.detach()).mean(0).nan_to_num(math.inf).min().item():.4g}")
         if run.rank == 0 and (saves or stop):
-            state = {name: part.state_dict() for name, part in parts.items()}
-            torch.save(state | {"step": step, "looks": looks}, f"{path}.tmp")
+            torch.save({k: v.state_dict() for k, v in parts.items()} | {"step": step, "looks": looks}, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
         if stop:
             if run.rank == 0:

@@ -274,6 +274,24 @@ def test_interrupted_and_gone_on_is_never_interrupted(folder, tmp_path, protocol
     assert not list((tmp_path / "parts").glob("*.pt"))
 
 
+@pytest.mark.parametrize("sound", [True, False])
+def test_gradients_never_finite_in_fp16_end_finetuning(folder, tmp_path, monkeypatch, sound):
+    """The scaler skips such steps and the loss stays finite: nothing would be trained, and the run would end as done."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # over fp32 arithmetic: half precision is very slow on a CPU
+    monkeypatch.setattr(ev, "numerics", lambda *a: (torch.float32, None, scaler))
+    plain = ev.Classifier
+    def broken(*args):
+        model = plain(*args)
+        next(model.encoder.parameters()).register_hook(lambda g: g if sound else g * math.nan)
+        return model
+    monkeypatch.setattr(ev, "Classifier", broken)
+    if sound:
+        assert run(folder, tmp_path, "finetune")["steps"] == 6 and scaler.get_scale() == 4
+    else:
+        with pytest.raises(UserError, match="not finite at step 3,"):  # 4, 2, 1: not finite at 1 either
+            run(folder, tmp_path, "finetune")
+
+
 @pytest.mark.parametrize("drops", [[], ["--drop-epochs", "1", "2"]])
 def test_rates_of_finetuning(folder, tmp_path, drops):
     """Of head and backbone, not scaled by the batch: a cosine, or a fifth after each of some epochs (of three steps)."""
