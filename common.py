@@ -1147,7 +1147,7 @@ def training_arguments(parser):
     g.add_argument("--weight-decay", type=float, help="on all weights or not on biases and norms, by recipe")
     g.add_argument("--warmup-epochs", type=float, help="linear rise of the rate at the start")
     g.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 if fast, else fp32")
-    g.add_argument("--compile", action="store_true", help="torch.compile the networks: slow start, faster steps")
+    g.add_argument("--compile", action="store_true", help="torch.compile the networks: a slow start; no gain on CPUs")
     g.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU, too; slower")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     g.add_argument("--seed", type=int, default=0)

@@ -109,7 +109,7 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=float, help="length of the training")
     g.add_argument("--steps", type=int, help="length in steps instead; all that is given in epochs stretches with it")
     g.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 if fast, else fp32")
-    g.add_argument("--compile", action="store_true", help="torch.compile the backbone: slow start, faster steps")
+    g.add_argument("--compile", action="store_true", help="torch.compile the backbone: a slow start; no gain on CPUs")
     g.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU, too; slower")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     g.add_argument("--seed", type=int, default=0)
@@ -313,8 +313,8 @@ def cut_mask(mask, box, size, flip=None):
     x, y = (((box[:, i, None] + step * (box[:, i + 2] - box[:, i])[:, None]) * side).long().clamp(0, side - 1)
             for i in (0, 1))
     x = x if flip is None else torch.where(flip[:, None], x.flip(1), x)
-    cells = upload(y[:, :, None] * side + x[:, None], mask.device)
-    return mask.flatten(1).gather(1, cells.flatten(1)).view(-1, size, size).long()
+    x, y = upload(torch.stack([x, y]), mask.device)
+    return mask.flatten(1).gather(1, (y[:, :, None] * side + x[:, None]).flatten(1)).view(-1, size, size).long()
 
 @torch.no_grad()
 def last_maps(run, net, images, rows, desc, whole=False, pick=lambda out: out[-1]):

@@ -344,8 +344,8 @@ def child_step(spec):
 
     def boundary(step):
         nonlocal alarms, profile
-        if "read" in spec["levers"]:
-            synchronize()  # what reading the loss after each step comes to
+        if "read" in spec["levers"] and cuda:
+            torch.cuda.current_stream().synchronize()  # what reading the loss after each step comes to
         if step == 1:
             common.ResNet.forward = forward
         if step < warm:
@@ -373,7 +373,7 @@ def child_step(spec):
         common.ResNet.forward = counted
     args = run_train(spec["script"], spec["argv"], boundary, spec["feed"], spec["levers"])
     images = args.batch_size * inner
-    seen = collections.Counter(f"{Path(w.filename).name}:{w.lineno}" for w in alarms if "synchroniz" in str(w.message))
+    seen = collections.Counter(f"{Path(w.filename).name}:{w.lineno}" for w in alarms if "called a sync" in str(w.message))
     found = {"images_per_second": summary([images / (b - a) for a, b in itertools.pairwise(marks)]),
              "batch_size": args.batch_size, "image_size": args.image_size, "peak_gib": peak_gib(), "arch": args.arch,
              "passes": sum(work) / (args.batch_size * 3 * args.image_size**2) if work else None,

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# On the CPU wherever it runs: two processes do not fit one GPU, and a GPU does not give the same bits twice unasked.
+# TEST_GPUS=0 shows the tests a GPU, for those that are for one.
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPUS", "")
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -172,7 +172,7 @@ def draw_curves(lines, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     scripts = {"slotcon.py": "SlotCon", "scfs.py": "SCFS", "saliency_cl.py": "saliency", "cvsa.py": "CVSA"}
-    figure, axes = plt.subplots(1, 4, figsize=(16, 5), sharex=True)
+    figure, axes = plt.subplots(1, 4, figsize=(16, 5), sharey=True)
     for axis, (script, title) in zip(axes, scripts.items()):
         for row, (data, own, _) in ROWS.items():
             curves = {line["seed"]: line["knn_curve"] for line in lines if line["row"] == row and line["knn_curve"]}
@@ -186,11 +186,13 @@ def draw_curves(lines, path):
                     axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
             if data == ("scenes-fine" if script == "cvsa.py" else "scenes") and own is None:
                 start = {line["seed"]: line["value"] for line in lines if line["row"] == row and line["column"] == "kNN"}
-                for seed, value in start.items():
-                    axis.axhline(value, color="grey", linestyle=":", label=f"{row}, seed {seed}")
-        axis.set(title=title, xlabel="epochs", ylabel="kNN top-1, %")
+                for i, value in enumerate(start.values()):
+                    axis.axhline(value, color="grey", linestyle=":", label="_" * (i > 0) + f"{row}: a line a seed")
+        axis.set(title=title, xlabel="epochs")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))  # below: no curve is hidden
+    axes[0].set_ylabel("kNN top-1, %")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 

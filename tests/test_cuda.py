@@ -1,5 +1,5 @@
 """Whole runs on a CUDA GPU that is not there (pretend.py): no tensors of two devices meet, the numbers are the CPU's, and
-the host waits for the device only where it has to. Skipped where there is a GPU: there the other tests run on it."""
+the host waits for the device only where it has to. Skipped where the tests are shown a GPU (TEST_GPUS)."""
 import shutil
 
 import pretend
