@@ -550,8 +550,8 @@ def fetch(images, order, workers, device):
         worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in ignored],
         multiprocessing_context="fork" if workers else None,     # no timeout: it would hide a dead worker until its end
         generator=torch.Generator()))            # its own: the global one stays as it is, whatever the workers
-    if workers:                                  # torch's handler would raise anywhere; `next` looks every 5 s
-        signal.signal(signal.SIGCHLD, handler)
+    with contextlib.suppress(ValueError, TypeError):      # torch's handler would raise anywhere; `next` looks every 5 s
+        signal.signal(signal.SIGCHLD, handler)   # not in a thread, where torch has set none
     def arriving():
         try:
             for batch in loader:
@@ -602,9 +602,10 @@ def sequential(images, indices, *, batch_size, workers, device):
     """Batches of `indices` in order, for evaluation; the last may be short. UserError when over 5 and over
     1 % of them (a sample: and 4 deviations) turn out unreadable; until then a readable one stands in for each."""
     order, lost = [[int(j) for j in indices[i:i + batch_size]] for i in range(0, len(indices), batch_size)], {}
+    limit = max(5, min(len(images), len(indices) + 40 * len(indices) ** 0.5) / 100)
     for batch in fetch(images, order, workers, device):
         lost |= {i: why for i, why in batch.unreadable if i in batch.index}      # not those tried in their stead
-        if len(lost) > max(5, min(len(images), len(indices) + 40 * len(indices) ** 0.5) / 100):
+        if len(lost) > limit or len(dict(batch.unreadable)) == len(images):      # all: nothing stood in
             refuse(f"{len(lost)} of {len(indices)} images cannot be read, mend them: {min(lost.values())}", local=True)
         yield batch
 
@@ -934,10 +935,9 @@ def save_backbone(path, net):
 def load_backbone(path):
     """find_backbone of a file: ours, torchvision's, or a checkpoint of a public release. No code in it is run: one that
     asks for more than tensors, numbers, paths, containers and argparse's namespace is refused with a UserError."""
-    scalar = np.float64(0).__reduce__()[0]
     harmless = [argparse.Namespace, (PurePosixPath, "pathlib.PosixPath"), np.dtype,
                 *[type(np.dtype(c)) for c in "?bhilqBHILQefd"],
-                *[(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]]
+                *[(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]]
     try:
         with torch.serialization.safe_globals(harmless):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -945,7 +945,8 @@ def load_backbone(path):
         why, asked = (str(e) or repr(e)).split("\n")[0].split(" In PyTorch")[0], re.search(r"GLOBAL ([\w.]+)", str(e))
         raise UserError(f"{path}: refused, nothing in it was run: it asks for the Python object {asked[1]}; save only "
                         "its state_dict()" if asked else f"{path}: no readable PyTorch checkpoint: {why}") from None
-    return find_backbone(checkpoint, path)
+    state = find_backbone(checkpoint, path)
+    return state if all(v.isfinite().all() for v in state.values()) else refuse(f"{path}: not all weights are finite")
 
 # ---- what features are worth -----------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -1101,14 +1102,14 @@ def check_args(args):
     for name, value in vars(args).items():
         numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
         if not all(0 < v < 1e18 if name in above else 0 <= v < 1e18 for v in numbers):
-            refuse(f"--{name.replace('_', '-')} {value} must be {'above 0' if name in above else '0 or more'}")
+            refuse(f"--{name.replace('_', '-')} {value} must be {'above 0' if name in above else '0 or more'} (< 1e18)")
     if args.workers is None:
         args.workers = max(0, min(8, len(os.sched_getaffinity(0)) // local - 1))
     if args.batch_size % (4 * world):
         fit = max(1, round(args.batch_size / (4 * world))) * 4 * world
         refuse(f"--batch-size {args.batch_size} must be a multiple of 4 x {world} process(es): try {fit}")
-    if args.canvas < args.image_size:
-        refuse(f"--canvas {args.canvas} is smaller than --image-size {args.image_size}: try {args.image_size * 3 // 2}")
+    if not args.image_size <= args.canvas <= 16384:
+        refuse(f"--canvas {args.canvas} is below --image-size or above 16384: try {args.image_size * 3 // 2}")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch sees no CUDA GPU; leave the flag out to train on the CPU")
     if args.device != "cpu" and torch.cuda.is_available() and local > torch.cuda.device_count():
@@ -1201,7 +1202,7 @@ def run_script(train, parse_args):
         train(parse_args())
         if dist.is_initialized():
             dist.destroy_process_group()         # not after an error: NCCL would wait for the others
-    except (UserError, OSError, RuntimeError) as error:
+    except (UserError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         why = "no room left in --out" if isinstance(error, RuntimeError) else error     # torch.save's words say less
@@ -1220,9 +1221,7 @@ def settings_of(args, images):
 
 def run_length(args, n):
     """Steps an epoch of n images, steps in all, stretch of epochs by --steps (else 1): int(epochs * both + 1e-6)."""
-    epoch = n // args.batch_size
-    if not epoch:
-        refuse(f"{n} images do not fill a batch of {args.batch_size}: lower --batch-size")
+    epoch = n // args.batch_size or refuse(f"{n} images do not fill a batch of {args.batch_size}: lower --batch-size")
     total = args.steps or max(1, int(args.epochs * epoch + 1e-6))
     return epoch, total, total / (args.epochs * epoch) if args.steps else 1.0
 
@@ -1245,6 +1244,6 @@ def agree(signals, bad_step, unreadable, n):
     bad, names = min((s for s in bad_steps if s), default=0), {i: why for some in names for i, why in some.items()}
     if bad:
         refuse(f"loss or gradient not finite at step {bad}, nothing saved since: lower --lr or try --precision fp32")
-    if len(names) > max(5, n // 100):
+    if len(names) > min(n - 1, max(5, n // 100)):
         refuse(f"{len(names)} of {n} images could not be read, such as {next(iter(names.values()))}: mend the data")
     return max(signals), len(names)

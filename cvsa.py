@@ -26,7 +26,7 @@ over 90 % is no mask: such an image is a plain sample and a host, for objects at
 percentiles. Paste: 0.9-1.2 of it, hard edges, aspect kept in original pixels, covers the host's box, skipped if
 enlarged over 3 times or outside 8-85 % of the host; p 0.5: edges can be a shortcut. Crops: the first of ten with a
 fifth of the object, or the whole host; area 0.2-1, BYOL's, too. Cells' masks: soft, under 1 % of a view void. Residual
-branches start at 0. d, p: BYOL's layers, a cell each. tau 0.1: few cells win. lambda 1. Deviations: crops come from a
+branches start at 0. d, p: BYOL's layers a cell. tau 0.1, lambda 1; warm-up from 1 %. Deviations: crops come from a
 canvas (the whole image resized once to S x S), not the file; true Gaussians; jitter in one order a step and view.
 
   python cvsa.py                                                  no data: embedded scenes-fine, minutes; see runs/

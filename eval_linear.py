@@ -168,7 +168,7 @@ def confusion(guess, truth, classes, groups=None, void=255):
 def segment_scores(counts):
     """{"miou", "pixel_accuracy"} in % of a confusion matrix, rows what was said and columns what is. Classes that
     neither the guesses nor the truth ever name are left out of the mean."""
-    c = counts.double()
+    c = counts.double() if counts.any() else refuse("no pixel of the test images' masks has a class: all are void")
     union = c.sum(0) + c.sum(1) - c.diag()
     return {"miou": 100 * (c.diag() / union)[union > 0].mean().item(),
             "pixel_accuracy": 100 * (c.diag().sum() / c.sum().clamp_min(1)).item()}
@@ -573,9 +573,8 @@ def few_labels(args, images, rows):
         if lost or not wanted:
             refuse(f"{args.label_list}: {len(lost)} of its {len(wanted)} lines name no or several images: {lost[:1]}")
         return sorted({place[name] for name in wanted})
-    n = int(args.label_fraction * len(rows) / len(images.classes) + 0.5)
-    if not n:
-        refuse(f"--label-fraction {args.label_fraction} of {len(rows)} images leaves classes empty: raise it")
+    n = int(args.label_fraction * len(rows) / len(images.classes) + 0.5) or refuse(
+        f"--label-fraction {args.label_fraction} of {len(rows)} images leaves classes empty: raise it")
     order = torch.tensor(rows)[torch.randperm(len(rows), generator=seeded(args.seed, 11))]
     return sorted(row for c in range(len(images.classes)) for row in order[images.labels[order] == c][:n].tolist())
 
@@ -691,7 +690,8 @@ def main(args):
             "seconds": round(time.time() - started, 1), "unreadable": lost, "settings": settings}
     text = (f"{args.protocol} of {args.weights} ({args.arch}) on {line['data']}, {len(data[1])} images to learn from, "
             f"{len(data[3])} to test\n{table(found)}\n{json.dumps(line)}")  # first, as the disk may be full
-    print(text.encode(errors="backslashreplace").decode(), flush=True)  # a path need not be text
+    with contextlib.suppress(BrokenPipeError):  # and a path need not be text, nor one for this terminal
+        print(text.encode(code := sys.stdout.encoding or "utf-8", "backslashreplace").decode(code), flush=True)
     with open(out / "results.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
     return line

@@ -194,7 +194,7 @@ def salient_pairs(s, u, size, crops=2, box_area=(0.05, 0.3), temperature=0.1, ga
     chosen = choose(box_means(s, candidates) / temperature, u[1], candidates, crops)[..., None]
     chosen = candidates.take_along_dim(chosen, 1)  # choice: a pair is a box and its neighbour, not two far-off boxes
     pairs = torch.cat([chosen, partner_boxes(u[2].unflatten(1, (crops, -1, 4)), chosen)], 1)
-    # choice: relative saliency, mean 1; the floor, a power of two, makes weights exactly 1 where s is 0 throughout
+    # choice: relative saliency, mean 1; the floor, a power of two, makes weights 1, at gamma 1 exactly, where s is 0
     a = box_means(s, pairs).unflatten(1, (2, crops)).mean(1).clamp_min(2 ** -20) ** gamma
     return pairs, a / a.mean(1, keepdim=True), candidates
 
@@ -267,8 +267,8 @@ class Model(nn.Module):
 @torch.no_grad()
 def gauges(s, pairs, weights, candidates, mask):
     """map_entropy of maps s, B h w, over ln(cells): 1 is flat. map_spread: deviation of centres of mass over images;
-    near 0 all are alike, a prior of place. saliency_ratio: mean in chosen boxes over the image's. on_object_*, with
-    masks: share in % of centres of chosen boxes, of candidates, of peaks (a flat map's: its first cell) on objects."""
+    near 0: a prior of place. weight_spread: the weights' own. saliency_ratio: mean in chosen boxes over the image's.
+    on_object_*, with masks: % of centres of chosen boxes, of candidates, of peaks (flat: the first cell) on objects."""
     (h, w), k, side = s.shape[1:], weights.shape[1], mask.shape[-1]
     p = (s + 1e-6) / (s + 1e-6).sum((1, 2), keepdim=True)
     y, x = ((torch.arange(n, device=s.device) + 0.5).to(s.dtype) / n for n in (h, w))

@@ -75,8 +75,8 @@ PRESETS = {  # the demo ends long before the step at which the release sets the 
              "tau_t_epochs": 0, "momentum": 0.996, "freeze_epochs": 3.0, "save_every": 400, "log_every": 50,
              "knn_every": 1.0},
     "imagenet-200ep": RELEASE | {"epochs": 200.0},  # [release] README
-    "imagenet-800ep": RELEASE | {"epochs": 800.0, "batch_size": 1024},  # choice: all but these two and lr, as 200ep
-    "coco": RELEASE | {"epochs": 200.0, "canvas": 512, "lr": 0.3},  # choice: all but batch, epochs, lr, as ImageNet
+    "imagenet-800ep": RELEASE | {"epochs": 800.0, "batch_size": 1024},  # choice: all but these and lr 0.1, as 200ep
+    "coco": RELEASE | {"epochs": 200.0, "canvas": 512, "lr": 0.3},  # choice: lr, epochs, batch, canvas
 }
 
 def parse_args(argv=None):

@@ -436,12 +436,15 @@ class Log:
 
 def argmax_at(scores, size):
     """The winning slot of each pixel: N K h w -> N size size. An image at a time: K = 2048 at 224 pixels is 0.4 GB."""
-    return torch.cat([F.interpolate(s, size=size, mode="bilinear").argmax(1) for s in scores.split(1)])
+    winner = scores.new_empty(len(scores), size, size, dtype=torch.long)
+    for s, w in zip(scores.split(1), winner.split(1)):  # in place: results kept between freed maps would scatter memory
+        torch.argmax(F.interpolate(s, size=size, mode="bilinear"), 1, out=w)
+    return winner
 
 def draw(teacher, images, indices, path, size, show=8, carriers=5):
     """Two pictures. `path`: images, with their slots laid over, slots alone; a prototype's colour never changes. Beside
     it, *-prototypes: for the prototypes most used in `indices`, the images that carry them best by mean cosine over the
-    cells they win, the rest faded ([release] viz_slots.py). Maps are enlarged before the argmax: smooth outlines."""
+    cells (2 or more) they win, the rest faded ([release] viz_slots.py). Maps are enlarged before the argmax: smooth."""
     view, _, scores = center_views(images, indices, size, teacher, lambda out: out[1])  # N 3 H W; N K h w
     k, n = scores.shape[1], min(show, len(view))
     hue = torch.arange(k) * 0.618034 % 1 * 6  # golden ratio: neighbours in number are far apart in hue
@@ -461,7 +464,7 @@ def majority_miou(segment, truth, void=255):
     """mIoU in % of segments as classes: each segment number is taken for its most frequent class on the first half of
     the images and scored on the second. segment, truth: N H W of whole numbers."""
     truth, half = truth.long(), len(truth) // 2
-    known, classes = truth != void, int(truth[truth != void].max()) + 1
+    known, classes = truth != void, int((truth * (truth != void)).max()) + 1
     pairs = (segment * classes + truth)[:half][known[:half]]
     pairs = pairs.bincount(minlength=(int(segment.max()) + 1) * classes).view(-1, classes)
     guess, truth = pairs.argmax(1)[segment[half:]][known[half:]], truth[half:][known[half:]]

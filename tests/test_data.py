@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 
@@ -250,8 +251,14 @@ def test_the_stand_in_brings_its_label_and_mask(tmp_path):
     got = all_of(common.open_images(str(tmp_path), SIDE))
     assert got.label.tolist() == [1, 1] and (got.mask == 8).all()
     (tmp_path / "masks/b/0.png").write_text("")                            # nothing is left: an empty canvas, reported
-    got = all_of(common.open_images(str(tmp_path), SIDE))
-    assert got.label.tolist() == [-1, -1] and not got.canvas.any() and len(got.unreadable) == 2
+    images = common.open_images(str(tmp_path), SIDE)
+    got = images.__getitems__([0])
+    assert got.label.tolist() == [-1] and not got.canvas.any() and len(got.unreadable) == 2
+    with pytest.raises(common.UserError, match="1 of 1 images cannot be read"):        # it is not scored
+        list(common.sequential(images, [1], batch_size=2, workers=0, device="cpu"))
+    with pytest.raises(common.UserError, match="cannot be read"):
+        common.open_images(str(tmp_path), SIDE, cache=str(tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_long_row_of_unreadable_images_has_a_stand_in_all_the_same(tmp_path):
@@ -260,6 +267,15 @@ def test_a_long_row_of_unreadable_images_has_a_stand_in_all_the_same(tmp_path):
     images.broken = dict.fromkeys(range(4, 100), "empty")
     got = images.__getitems__([5, 40])
     assert got.label.tolist() != [-1, -1] and min(got.label) >= 0 and got.canvas.flatten(1).any(1).all()
+
+
+def test_batches_in_a_thread(tmp_path):
+    """As an application's server asks for features; signals are the main thread's alone."""
+    images, got = common.open_images(str(tree(tmp_path)), SIDE), []
+    thread = threading.Thread(target=lambda: got.append(all_of(images, workers=1)))
+    thread.start()
+    thread.join(60)
+    assert same(got[0], all_of(images))
 
 
 def test_the_limit_of_unreadable_images_is_of_those_asked_for(tmp_path):

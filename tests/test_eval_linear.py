@@ -102,6 +102,8 @@ def test_miou_and_accuracy_of_a_hand_worked_case():
     assert counts.tolist() == [[1, 0, 1, 0], [1, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     found = ev.segment_scores(counts)  # IoU 1/3, 2/3, 1/2
     assert found["miou"] == pytest.approx(50) and found["pixel_accuracy"] == pytest.approx(100 * 4 / 6)
+    with pytest.raises(UserError, match="all are void"):
+        ev.segment_scores(ev.confusion(guess, torch.full_like(truth, 255), 4))
 
 
 def test_matching_is_one_to_one_over_the_whole_set():
@@ -650,6 +652,21 @@ def test_full_disk(folder, tmp_path, protocol):
     said = found.stderr.splitlines()[-1]
     assert found.returncode == 2 and "Traceback" not in found.stderr and said.startswith("eval_linear.py: ")
     assert "no room left in --out" in said if protocol == "linear" else "top1_k20" in found.stdout
+
+
+@pytest.mark.parametrize("reader", ["of ASCII", "that has gone"])
+def test_a_result_is_kept_whoever_reads_it(folder, tmp_path, reader):
+    (tmp_path / "Fotos-ü").symlink_to(folder)
+    read, write = os.pipe()
+    if reader == "that has gone":
+        os.close(read)
+    done = subprocess.run([sys.executable, str(ROOT / "eval_linear.py"), *TINY, "--data", str(tmp_path / "Fotos-ü"), "--protocol",
+                           "knn", "--out", str(tmp_path / "out")], stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"})
+    os.close(write)
+    assert "Traceback" not in done.stderr and len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 1
+    if reader == "of ASCII":
+        assert done.returncode == 0 and b"Fotos-\\xfc" in os.read(read, 10_000)
 
 
 def test_the_command_ends_in_one_line_and_status_2(tmp_path):

@@ -351,6 +351,15 @@ def test_one_in_a_hundred_may_be_unreadable():
     assert common.agree([], torch.tensor(0), {i: "x" for i in range(5)}, 10) == (0, 5)
     with pytest.raises(common.UserError, match="6 of 10"):
         common.agree([], torch.tensor(0), {i: "x" for i in range(6)}, 10)
+    assert common.agree([], torch.tensor(0), {i: "x" for i in range(3)}, 4) == (0, 3)
+    with pytest.raises(common.UserError, match="4 of 4"):  # no image is left to stand in
+        common.agree([], torch.tensor(0), {i: "x" for i in range(4)}, 4)
+
+
+def test_a_module_that_is_missing_is_one_line(capsys):
+    with pytest.raises(SystemExit) as left:  # slotcon.py, for prototypes, where eval_linear.py was copied without it
+        common.run_script(importlib.import_module, lambda: "no_such_module")
+    assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 # ---- what must not go on ---------------------------------------------------------------------------------------------
@@ -402,6 +411,12 @@ def test_slots_are_named_on_one_half_and_scored_on_the_other():
     truth = torch.stack([torch.tensor([[2, 2, 0, 0]]), torch.tensor([[2, 2, 0, 255]])])  # 0 is named 2, 1 is named 0
     # on the second image guesses are 2 0 0 (void is left out): class 2 has 1 of 2, class 0 has 1 of 2, 1 is not met
     assert slotcon.majority_miou(segment, truth) == pytest.approx(50)
+    assert math.isnan(slotcon.majority_miou(segment, torch.full_like(truth, 255)))  # all void: no figure, no crash
+
+
+def test_winners_of_enlarged_maps():
+    scores = torch.randn(3, 5, 4, 6, dtype=torch.float64)
+    assert torch.equal(slotcon.argmax_at(scores, 9), F.interpolate(scores, size=9, mode="bilinear").argmax(1))
 
 
 @pytest.mark.parametrize("kind, share", [("place", 100), ("noise", 0)])

@@ -233,6 +233,14 @@ def test_weights_of_public_releases(tmp_path):
         common.backbone(common.arch_of(state)).load_state_dict(state, strict=True)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = common.backbone("small").state_dict()
+    state["layer2.0.bn1.running_var"][3] = float("nan")
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(common.UserError, match="w.pth: not all weights are finite"):
+        common.load_backbone(tmp_path / "w.pth")
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, (os.environ["EVIL_FOLDER"],)

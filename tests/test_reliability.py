@@ -661,6 +661,8 @@ WRONG = {  # what is wrong: the flags, and what the line has to name
     "negative workers": (["--workers", -2], "0 or more"),
     "no steps": (["--steps", 0], "above 0"),
     "canvas below the view": (["--canvas", 24], "try 48"),
+    "canvas for no memory": (["--canvas", 99999], "above 16384"),
+    "endless seed": (["--seed", 10 ** 20], "< 1e18"),
     "view of no pixel": (["--image-size", 0], "above 0"),
     "crops larger than the image": (["--crop-area", 0.5, 2], "0..1"),
     "crops the wrong way round": (["--crop-area", 0.9, 0.1], "--crop-area"),
