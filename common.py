@@ -377,7 +377,8 @@ class Images(torch.utils.data.Dataset):
                     rows[field][batch.index] = getattr(batch, field)
                 broken |= {i: why.removeprefix(f"{os.fsdecode(self.files[i])}: ") for i, why in batch.unreadable}
                 bar.update(len(batch.index))
-        line = json.dumps(head | {"unreadable": list(broken.items()), "classes": self.classes}).encode()
+        cut = max(0, HEADER // max(1, len(broken)) - 48) // 12  # of each reason: all fit, at up to 12 bytes a letter
+        line = json.dumps(head | {"unreadable": [(i, why[:cut]) for i, why in broken.items()]}).encode()
         np.memmap(path, np.uint8, "r+")[:len(line)] = np.frombuffer(line, np.uint8)
         rows.flush()
 

@@ -128,8 +128,7 @@ def saliency_map(encoder, canvas, size, kind="activation", mask=None):
         a = crop(a, whole, 32, kernel="box")[:, 0]
     else:
         view = normalize(crop(canvas, whole, size, dtype=next(encoder.parameters()).dtype))
-        training = encoder.training
-        encoder.eval()  # choice: running statistics, so that an image's map does not hang on the rest of the batch
+        training, _ = encoder.training, encoder.eval()  # choice: running statistics: a map hangs on no other image
         x = full(encoder(view.contiguous(memory_format=torch.channels_last))[-1])  # B C h w
         encoder.train(training)
         # choice: of the maps that are the model's own output, the cheapest; beside it, agreement with the pooled one
@@ -468,10 +467,11 @@ def draw(teacher, images, indices, path, size, kind="activation", crops=2, **opt
     image, hot, boxes, weights = (x[:8].cpu() for x in (batch.canvas / 255, 4 * s[:, None].float(), *pairs[:2]))
     image, hot = (F.interpolate(x, size=192, mode="bilinear") for x in (image, hot))
     hot, drawn = torch.cat([(1.5 - (hot - c).abs()).clamp(0, 1) for c in (3, 2, 1)], 1), []
-    colors = (["yellow", "cyan", "magenta"] * crops)[:crops]
-    for view, box, weight in zip((255 * image).byte(), 192 * boxes, weights):
-        view = draw_bounding_boxes(view, box[crops:], colors=colors)
-        drawn.append(draw_bounding_boxes(view, box[:crops], [f"{w:.2f}" for w in weight], colors, width=3) / 255)
+    colors, ink = (["yellow", "cyan", "magenta"] * crops)[:crops], {"label_colors": "black", "fill_labels": True}
+    for view, box, a in zip((255 * image).byte(), 192 * boxes, weights):
+        for part, width in ((box[crops:], 1), (box[:crops], 3)):
+            view = draw_bounding_boxes(view, part, colors=colors, width=width)
+        drawn.append(draw_bounding_boxes(view, box[:crops, [0, 1, 0, 1]], [f"{w:.2f}" for w in a], colors, **ink) / 255)
     save_image(torch.cat([image, (image + hot) / 2, torch.stack(drawn)]), path, nrow=len(image))
     return gauges(s, *pairs, batch.mask)
 

@@ -1,4 +1,6 @@
 """The benchmark runs and its tables hold together; --compile meets no graph break. No speed is asserted."""
+import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -7,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import benchmark
 import pytest
 import torch
 import torch._dynamo
@@ -35,6 +38,8 @@ def test_quick_run_writes_whole_tables(tmp_path):
     summaries = [kilobytes, row["ms_a_view"], row["standard_ms_a_view"],
                  *(row[key] for row in paths for key in ("ms_cpu", "ms_wall", "images_per_second", "of_two_views"))]
     assert all(0 < s["min"] <= s["median"] <= s["max"] for s in summaries)
+    an_image = row["ms_an_image"]["make_views"]["median"]
+    assert row["ms_a_view"]["median"] == pytest.approx(an_image / row["views"])
     assert text.read_text().count("not measured yet (") == len(PARTS) - 2
 
 
@@ -131,3 +136,67 @@ def test_what_compile_compiles_has_no_graph_break(script, tmp_path, monkeypatch)
             found = found[0]
         if trained:
             found.sum().backward()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds on the clock; the CPU's go twice as fast."""
+    now = [0.0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark.time, "process_time", lambda: 2 * now[0])
+    return now
+
+
+def test_a_race_leaves_out_the_first_turn_and_compares_neighbours(clock):
+    took = {"slow": iter([100.0, 6, 2]), "fast": iter([50.0, 3, 1])}
+
+    def call(name):
+        clock[0] += next(took[name])
+    times = benchmark.race({name: lambda name=name: call(name) for name in took}, 2, 4)  # four images
+    assert times == {"slow": {"wall": [1500, 500], "cpu": [3000, 1000]}, "fast": {"wall": [750, 250], "cpu": [1500, 500]}}
+    assert benchmark.ratios(times["slow"], times["fast"]) == {"median": 2, "min": 2, "max": 2, "n": 2}
+
+
+def test_a_step_by_hand(clock, monkeypatch):
+    """Images a second of 3 steps at a time, after the warm-up; passes of two views in a student and in a teacher."""
+    def train(script, argv, boundary, feed, levers):
+        student, teacher = common.backbone("small"), common.backbone("small")
+        with contextlib.suppress(benchmark.Done):
+            for step in range(99):
+                boundary(step)
+                for _ in range(2) if step == 0 else ():
+                    student(torch.zeros(8, 3, 32, 32))
+                    with torch.no_grad():
+                        teacher(torch.zeros(8, 3, 32, 32))
+                clock[0] += 0.5 if step >= 2 else 60
+        return argparse.Namespace(batch_size=8, image_size=32, arch="small")
+    monkeypatch.setattr(benchmark, "run_train", train)
+    monkeypatch.setattr(common.ResNet, "forward", common.ResNet.forward)
+    found = benchmark.child_step({"script": "", "argv": [], "feed": "", "levers": [], "profile": False, "warmup": 2, "inner": 3,
+                                  "repeats": 4})
+    assert found["images_per_second"] == {"median": 16, "min": 16, "max": 16, "n": 4}
+    assert found["passes"] == pytest.approx(8 / 3) == benchmark.STEP_FACTOR
+
+
+def test_memory_is_fitted_exactly(monkeypatch):
+    def spawn(kind, script, argv):
+        n = argv[argv.index("--batch-size") + 1]
+        return {"bytes": 5e9 + 7e6 * n + (2e3 * n ** 2 if script == "slotcon" else 0), "largest": 8e6 * n, "largest_at": "x"}
+    monkeypatch.setattr(benchmark, "spawn", spawn)
+    rows = benchmark.memory(argparse.Namespace(quick=False, methods=["slotcon", "cvsa"]), None)["rows"]
+    for row in rows:
+        want = 5e9, 7e6, 2e3 * (row["script"] == "slotcon")
+        assert [row[k] for k in ("fixed", "an_image", "square")] == pytest.approx(want, abs=1e-3)
+    text = benchmark.memory_table({"rows": rows[:1]})[4]  # 5 + 512 x 7 MB + 512 x 512 x 2 kB on one GPU
+    assert "| 512 | 5.51 | 9.11 | 8 (x) |" in text, text
+
+
+def test_rows_of_other_scripts_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "view_cost",
+                        lambda opt, folder: {"rows": [{"script": s, "failed": "x"} for s in opt.methods]})
+    for methods in ("cvsa", "slotcon", "cvsa"):
+        argv = ["benchmark.py", "--only", "views", "--methods", methods, "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", argv)
+        benchmark.main()
+    file, = tmp_path.glob("*.json")
+    assert [row["script"] for row in json.loads(file.read_text())["views"]["rows"]] == ["slotcon", "cvsa"]

@@ -1,7 +1,9 @@
 """cvsa.py against slow, literal transcriptions of its equations, in float64; masks and pastes against brute force."""
 import copy
 import math
+import re
 
+import edges
 import pytest
 import torch
 import torch.distributed as dist
@@ -538,3 +540,23 @@ def test_collapse_gauge():
     y = torch.randn(64, 16).double()
     assert cvsa.gauges([(None, y, None)] * 2)["feature_spread"] > 0.95
     assert cvsa.gauges([(None, torch.ones(64, 16) + 1e-3 * y, None)] * 2)["feature_spread"] < 0.01
+
+
+def test_squares_of_ground_are_pasted_beside_objects(tmp_path, capsys):
+    """tests/edges.py: views are of one shade each, objects white; the third image is all object."""
+    view, shown = (torch.arange(6.0) / 10).view(6, 1, 1, 1).repeat(1, 3, 32, 32), torch.zeros(6, 1, 32, 32)
+    for i in range(6):
+        shown[i, :, 12 * (i % 2):, 3 * i:3 * i + 12] = 1
+    shown[2] = 1
+    view = torch.where(shown > 0, 1.0, view)
+    pasted, square, rows = edges.paste_ground(view, shown, 8)
+    assert rows == [0, 1, 4, 5]  # not the third, nor who would take ground from it
+    assert square.sum((1, 2, 3)).tolist() == [64, 64, 0, 0, 64, 64] and not (square * shown).any()
+    for i in range(6):
+        assert torch.equal(pasted[i], torch.where(square[i] > 0, torch.tensor((i - 1) % 6 / 10), view[i]))
+    assert not square[:, :, [0, 1, 30, 31]].any() and not square[..., [0, 1, 30, 31]].any()
+    model = cvsa.Model("small", dim=8, hidden=8, dense_hidden=8)
+    shape = {"arch": "small", "dim": 8, "hidden": 8, "dense_hidden": 8}
+    torch.save({"shape": shape, "model": model.state_dict(), "teacher": model.make_teacher().state_dict()}, tmp_path / "c.pt")
+    edges.main(tmp_path / "c.pt")
+    assert re.match(r"\d+ images;.*\nwithout +\d+\.\d % .*\nwith +\d+\.\d % ", capsys.readouterr().out)

@@ -745,7 +745,23 @@ def test_too_many_unreadable_images_stop_the_packing(tmp_path):
         (tmp_path / f"data/{k}.jpg").write_text("x")
     with pytest.raises(common.UserError, match="cannot be read"):
         common.open_images(str(tmp_path / "data"), SIDE, cache=str(tmp_path / "c"))
-    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "c").exists() and (tmp_path / "c.tmp").stat().st_size == 0
+
+
+def test_what_is_unreadable_fits_the_head_of_a_cache(tmp_path, monkeypatch):
+    """Thousands of long reasons would lie over the first images: they are cut."""
+    monkeypatch.setattr(common, "HEADER", 1024)
+    root = tree(tmp_path / ("data" + 100 * "x"), each=40, splits=("",))
+    broken = sorted(root.rglob("*.jpg"))[1:9:2]
+    for path in broken:
+        path.write_text("")
+    images = common.open_images(str(root), SIDE, cache=str(tmp_path / "c"))
+    plain = common.open_images(str(root), SIDE)
+    assert list(images.broken) == [1, 3, 5, 7] and max(map(len, images.broken.values())) < 30
+    again = common.open_images(str(root), SIDE, cache=str(tmp_path / "c"))
+    assert again.broken == images.broken
+    for cached in (images, again):
+        assert same(all_of(cached)._replace(unreadable=0), all_of(plain)._replace(unreadable=0))
 
 
 def test_full_disk_while_packing(tmp_path, monkeypatch):
@@ -795,3 +811,50 @@ def test_batches_larger_than_the_data_or_not_divisible(tmp_path):
     for options in ({"batch_size": 9}, {"batch_size": 6, "world": 4}):
         with pytest.raises(common.UserError, match="--batch-size"):
             steps(images, **options)
+
+
+def test_a_masks_cell_has_the_value_at_its_centre():
+    i = np.arange(12, dtype=np.uint8)
+    found = common.squeeze_mask(Image.fromarray(12 * i[:, None] + i), 4)  # cells of three pixels
+    assert found[0].tolist() == [[12 * y + x for x in (1, 4, 7, 10)] for y in (1, 4, 7, 10)]
+
+
+def test_a_process_that_has_waited_takes_what_the_other_packed(tmp_path, monkeypatch):
+    root, done, cache = str(tree(tmp_path / "data")), tmp_path / "done", tmp_path / "c"
+    common.open_images(root, SIDE, cache=str(done))
+    monkeypatch.setattr(common.fcntl, "flock", lambda file, how: shutil.copy(done, cache))  # while this one waits
+    monkeypatch.setattr(common.Images, "_fill", lambda *a: pytest.fail("packed again"))
+    common.open_images(root, SIDE, cache=str(cache))
+    assert cache.read_bytes() == done.read_bytes()
+
+
+def test_workers_leave_signals_to_the_loop(tmp_path):
+    """A terminal and a cluster send them to the whole group; the loop saves first."""
+    images = common.open_images(str(tree(tmp_path)), SIDE)
+    stream = common.batches(images, batch_size=2, seed=0, start=0, stop=60, workers=1)
+    next(stream)
+    worker, = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    assert len(list(stream)) == 59
+
+
+def test_knn_asks_labelled_images_alone(tmp_path):
+    images = common.open_images(str(tree(tmp_path, each=10, splits=("",))), SIDE)
+    images.labels[::2] = -1
+    bank, _, queries = common.knn_split(images, None)
+    assert sorted(bank + queries) == list(range(1, 20, 2))
+
+
+def test_fingerprint_follows_labels(tmp_path):
+    names = [str(tree(tmp_path) / f"train/ant/{k}.jpg") for k in range(2)]
+    first, second = (common.listed("", names, labels, ["a", "b"]).digest for labels in ([0, 1], [1, 0]))
+    assert first != second
+
+
+@pytest.mark.parametrize("cells, shades", [
+    ([[0, 78], [156, 255]], [[0, 78], [156, 255]]), ([[0, 20000], [40000, 65535]], [[0, 78], [156, 255]]),
+    ([[0, .25], [float("nan"), 1]], [[0, 64], [0, 255]])])
+def test_float_grey(tmp_path, cells, shades):
+    save(large(cells, np.float32), tmp_path / "a.tif")
+    assert (corners(read(tmp_path)[0]) - torch.tensor(shades)[..., None]).abs().max() <= 4

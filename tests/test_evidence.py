@@ -1,9 +1,11 @@
 """The table of evidence: its commands are ones that the scripts take, its figures the mean and spread of its lines."""
+import argparse
 import importlib
 import json
 import sys
 
 import evidence
+import pytest
 
 
 def test_every_command_is_one_that_its_script_takes(tmp_path):
@@ -80,3 +82,21 @@ def test_a_small_table_from_end_to_end_and_no_work_done_twice(tmp_path, monkeypa
     assert lines[1]["knn_curve"] and 0 <= lines[1]["value"] == lines[1]["found"]["top1_k20"] <= 100
     evidence.main()
     assert "seed 0, kNN" not in capsys.readouterr().out
+
+
+def test_the_best_rate_counts_and_no_failure(tmp_path, monkeypatch):
+    worth = dict(zip(map(str, evidence.RATES), (20.0, 40.0, 30.0, 10.0, 5.0)))
+    monkeypatch.setattr(evidence, "call", lambda command, threads: "a table\n" + json.dumps(
+        {"top1": worth[command[command.index("--lr") + 1]], "top5": 99.0}))
+    args = argparse.Namespace(epochs=0.0, out=tmp_path, protocols=["1 % labels"])
+    line, = evidence.work("random", 0, args, 1)
+    assert line["value"] == 40 and "--lr 0.1 " in line["eval"] and line["tried"] == list(worth.values())
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="nowhere.py"):
+        evidence.call(["python", "nowhere.py"], 1)
+
+
+def test_columns_show_these_measures():
+    assert {name: measure for name, (_, measure, _) in evidence.PROTOCOLS.items()} == {
+        "kNN": "top1_k20", "linear": "top1", "1 % labels": "top1", "10 % labels": "top1", "segment": "miou", "clusters": "miou",
+        "CorLoc": "corloc", "mAP": "map"}

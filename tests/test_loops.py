@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import signal
 
 import pytest
@@ -503,3 +504,38 @@ def test_initialisation():
     assert [type(layer) for layer in scfs.Model("small", out_dim=8, head_norm=True).student.view_head.mlp] == kinds
     prototypes, bound = nets["scfs"].student.view_head.prototypes.weight, 256 ** -0.5
     assert prototypes.abs().max() <= bound and prototypes.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.03)
+
+
+def test_deterministic_reaches_torch(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    try:
+        for wanted in (False, True):
+            common.numerics("fp32", torch.device("cpu"), wanted)
+            assert torch.are_deterministic_algorithms_enabled() == wanted != torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_workers_share_the_cores_of_a_node(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    for processes, workers in (("1", 8), ("2", 5), ("4", 2), ("16", 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert slotcon.parse_args([]).workers == workers
+
+
+@pytest.mark.parametrize("rank, error, said", [
+    ("0", common.UserError("x"), 1), ("1", common.UserError("x"), 0), ("1", OSError("x"), 1)])
+def test_who_tells_of_an_error(monkeypatch, capsys, rank, error, said):
+    """A node's first process, and one that alone knows."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    def fail(args):
+        raise error
+    def refuse(args):
+        common.refuse("x", local=True)
+    for train, lines in ((fail, said), (refuse, 1)):
+        with pytest.raises(SystemExit) as end:
+            common.run_script(train, lambda: None)
+        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == lines

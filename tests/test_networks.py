@@ -342,3 +342,12 @@ def test_features_are_the_pooled_last_map_of_the_evaluation_crop():
     torch.testing.assert_close(again[0].float(), found[2], rtol=1e-3, atol=1e-4)
     half, _ = common.features(net.float(), images, [7], size=64, device="cpu", precision=torch.bfloat16)
     assert half.dtype == torch.float32 and nn.functional.cosine_similarity(half[0], found[2], 0) > 0.999
+
+
+def test_features_run_in_the_precision_asked_for():
+    net, seen = common.backbone("small"), []
+    net.conv1.register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    images = common.open_images("scenes:2", 32)
+    for precision in (None, torch.bfloat16):
+        assert common.features(net, images, [0, 1], size=32, device="cpu", precision=precision)[0].dtype == torch.float32
+    assert seen == [torch.float32, torch.bfloat16]

@@ -131,3 +131,26 @@ def test_colours_and_pixels_say_little(fine):
     for name, view in (("histogram", histogram), ("pixels", pixels)):
         accuracy = (nearest_neighbours(view(bank), labels, view(queries)) == truth).float().mean()
         assert accuracy < 0.4, f"{name}: {accuracy:.1%}"
+
+
+@both
+def test_twelve_classes_differ(fine):
+    """In shape or marking, whatever their colour: tail and fins of the fish, shape and texture of the others."""
+    distance, tone = common.object_bank(fine).unbind(1)
+    inside = distance < 0
+    for a in range(12):
+        for b in range(a):
+            both = inside[a] & inside[b]
+            other_shape = (inside[a] ^ inside[b]).float().sum() / both.sum() > 0.02
+            other_marks = (tone[a] - tone[b])[both].abs().mean() > 0.1
+            assert other_shape if fine and a // 4 == b // 4 else other_shape or other_marks, (a, b)
+            assert fine or a % 6 != b % 6 or other_marks, (a, b)
+
+
+@pytest.mark.parametrize("fine, means, edges", [
+    (False, [121.92, 113.5, 106.72], 8.86), (True, [153.02, 130.06, 110.59], 5.89)])
+def test_scenes_are_those_of_the_results(fine, means, edges):
+    """Other pictures are other data: the tables are to be made anew, and `digest` in open_images needs another version."""
+    x = common.scenes(range(64), 64, fine)[0].double()
+    assert x.mean((0, 2, 3)).tolist() == pytest.approx(means, abs=0.1)
+    assert x.diff(dim=3).abs().mean().item() == pytest.approx(edges, abs=0.05)

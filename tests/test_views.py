@@ -10,7 +10,7 @@ import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.ops import roi_align
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 import common as c
 
@@ -379,3 +379,15 @@ def test_views_never_wait_for_the_device():
         c.photometry(c.crop(canvas, box, 32, flip), u[:, 40:], [0, 1, 2, 3], p_blur=0.5, p_solarize=0.5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_box_has_at_least_a_pixel():
+    found = c.random_boxes(c.uniforms(0, 0, 50, 40), torch.tensor([[1, 1]] * 50), (0.05, 0.2))
+    assert torch.equal(found, torch.tensor([[0.0, 0, 1, 1]]).double().expand(50, 4))
+
+
+def test_factors_end_at_zero():
+    x, u = torch.rand(1, 3, 8, 8).double(), torch.zeros(1, 9).double()
+    flat = c.photometry(x, u, [1], jitter=(0, 1.5, 0, 0), p_jitter=1, p_grey=0)  # 0 and not 1 - 1.5
+    assert ColorJitter(contrast=1.5).contrast == (0, 2.5)
+    assert torch.allclose(flat, c.normalize(c.grey(x).mean().expand(1, 3, 8, 8)))
