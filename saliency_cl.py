@@ -127,7 +127,7 @@ def saliency_map(encoder, canvas, size, kind="activation", mask=None):
         a = ((mask > 0) & (mask < 255)).double() if kind == "truth" else torch.zeros_like(canvas[:, :1]).double()
         a = crop(a, whole, 32, kernel="box")[:, 0]
     else:
-        view = normalize(crop(canvas, whole, size, dtype=next(encoder.parameters()).dtype))
+        view = normalize(crop(canvas, whole, size, dtype=next(encoder.parameters()).dtype))  # bf16: up to 2/255 off
         training, _ = encoder.training, encoder.eval()  # choice: running statistics: a map hangs on no other image
         x = full(encoder(view.contiguous(memory_format=torch.channels_last))[-1])  # B C h w
         encoder.train(training)
