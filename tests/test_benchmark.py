@@ -32,7 +32,7 @@ def test_quick_run_writes_whole_tables(tmp_path):
     assert set(results) == {"data", "views"} and results["data"]["on"]["quick"]
     paths, kilobytes = results["data"]["rows"], results["data"]["kilobytes"]
     names = {row["path"] for row in paths}
-    assert len(paths) == 7 and {"standard, two views", "ours, files, canvas 512", "ours, cache, canvas 384"} <= names
+    assert len(paths) == 9 and {"standard, two views", "ours, files, canvas 512", "ours, cache, canvas 240"} <= names
     assert 60 < kilobytes["min"] and kilobytes["max"] < 150
     (row,) = results["views"]["rows"]
     summaries = [kilobytes, row["ms_a_view"], row["standard_ms_a_view"],
