@@ -601,7 +601,7 @@ def batches(images, *, batch_size, seed, start, stop, rank=0, world=1, workers=0
 
 def sequential(images, indices, *, batch_size, workers, device):
     """Batches of `indices` in order, for evaluation; the last may be short. UserError when over 5 and over
-    1 % of them (a sample: and 4 deviations) turn out unreadable; until then a readable one stands in for each."""
+    1 % of them (a sample: and 4 deviations), or all images, are unreadable; until then a readable one stands in."""
     order, lost = [[int(j) for j in indices[i:i + batch_size]] for i in range(0, len(indices), batch_size)], {}
     limit = max(5, min(len(images), len(indices) + 40 * len(indices) ** 0.5) / 100)
     for batch in fetch(images, order, workers, device):
@@ -935,7 +935,7 @@ def save_backbone(path, net):
 
 def load_backbone(path):
     """find_backbone of a file: ours, torchvision's, or a checkpoint of a public release. No code in it is run: one that
-    asks for more than tensors, numbers, paths, containers and argparse's namespace is refused with a UserError."""
+    asks for more than tensors, numbers, paths, containers and argparse's namespace, or is not finite: UserError."""
     harmless = [argparse.Namespace, (PurePosixPath, "pathlib.PosixPath"), np.dtype,
                 *[type(np.dtype(c)) for c in "?bhilqBHILQefd"],
                 *[(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]]
@@ -1149,7 +1149,7 @@ def training_arguments(parser):
     g.add_argument("--weight-decay", type=float, help="on all weights or not on biases and norms, by recipe")
     g.add_argument("--warmup-epochs", type=float, help="linear rise of the rate at the start")
     g.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 if fast, else fp32")
-    g.add_argument("--compile", action="store_true", help="torch.compile the networks: a slow start; no gain on CPUs")
+    g.add_argument("--compile", action="store_true", help="torch.compile the networks: a slow start; no gain on 2 CPUs")
     g.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU, too; slower")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     g.add_argument("--seed", type=int, default=0)
@@ -1236,7 +1236,7 @@ def heed_signals():
 def agree(signals, bad_step, unreadable, n):
     """What any process saw, told to all: signals caught; the first step that was not finite, a tensor, or 0; unreadable
     images of n, {index: "name: why"}. -> a signal's number or 0, how many images were lost. Ends the run, with a
-    UserError, after a step that was not finite or when more than 5 and more than 1 % of the images are lost."""
+    UserError, after a step that was not finite or when over 5 and over 1 % of the images, or all, are lost."""
     seen = [[max(signals, default=0), int(bad_step), unreadable]]
     if dist.is_initialized():
         mine, seen = seen[0], [None] * dist.get_world_size()

@@ -109,7 +109,7 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=float, help="length of the training")
     g.add_argument("--steps", type=int, help="length in steps instead; all that is given in epochs stretches with it")
     g.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 if fast, else fp32")
-    g.add_argument("--compile", action="store_true", help="torch.compile the backbone: a slow start; no gain on CPUs")
+    g.add_argument("--compile", action="store_true", help="torch.compile the backbone: a slow start")
     g.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU, too; slower")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     g.add_argument("--seed", type=int, default=0)
@@ -167,7 +167,7 @@ def confusion(guess, truth, classes, groups=None, void=255):
 
 def segment_scores(counts):
     """{"miou", "pixel_accuracy"} in % of a confusion matrix, rows what was said and columns what is. Classes that
-    neither the guesses nor the truth ever name are left out of the mean."""
+    neither the guesses nor the truth ever name are left out of the mean. UserError if nothing was counted."""
     c = counts.double() if counts.any() else refuse("no pixel of the test images' masks has a class: all are void")
     union = c.sum(0) + c.sum(1) - c.diag()
     return {"miou": 100 * (c.diag() / union)[union > 0].mean().item(),

@@ -15,11 +15,11 @@ import common
 import cvsa
 
 
-def paste_ground(view, object, side):
-    """Into each of the views (N 3 H W) a square of the view before it, where neither has its object (N 1 H W of 0, 1), two
-    pixels from the frame at least. -> views, the squares (N 1 H W of 0, 1), the rows for which there is room"""
-    view, square, rows, n = view.clone(), torch.zeros_like(object), [], object.shape[3] - side + 1
-    free = F.unfold(object.float(), side).amax(1).view(-1, object.shape[2] - side + 1, n) == 0  # by their upper left corners
+def paste_ground(view, shown, side):
+    """Into each of the views (N 3 H W) a square of the view before it, where neither has its object (shown: N 1 H W of
+    0 and 1), two pixels from the frame at least. -> views, the squares (N 1 H W of 0 and 1), the rows with room for it"""
+    view, square, rows, n = view.clone(), torch.zeros_like(shown), [], shown.shape[3] - side + 1
+    free = F.unfold(shown.float(), side).amax(1).view(-1, shown.shape[2] - side + 1, n) == 0  # by their upper left corners
     ground = view.clone()
     for i in range(len(view)):
         here, there = free[i, 2:-2, 2:-2].nonzero() + 2, free[i - 1].nonzero()

@@ -702,7 +702,7 @@ def test_other_weights_and_another_seed_do_not_go_on_from_this_checkpoint(folder
 
 
 def test_the_seed_reaches_network_heads_order_and_views(folder, tmp_path, monkeypatch):
-    seeds, heads = [], []
+    seeds = []
     monkeypatch.setattr(ev, "uniforms", lambda seed, *a, plain=ev.uniforms: seeds.append(seed) or plain(seed, *a))
     monkeypatch.setattr(ev, "batches", lambda *a, seed, plain=ev.batches, **more: seeds.append(seed) or plain(*a, seed=seed, **more))
     torch.manual_seed(0)
