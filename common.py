@@ -36,7 +36,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
-SCENE_CLASSES = 12
+SCENE_CLASSES, REACH = 12, 1.7              # the bank of objects spans [-REACH, REACH] object radii
 # What tells images apart most easily is what is learned. So all grounds are patchworks of the same five pale materials
 # (dark and light end), lit from any side, and an image's objects are of one class, each of its own size and shade.
 MATERIALS = np.array([[106, 121, 101, 139, 150, 118], [152, 140, 121, 171, 163, 145], [101, 123, 135, 135, 153, 159],
@@ -44,7 +44,6 @@ MATERIALS = np.array([[106, 121, 101, 139, 150, 118], [152, 140, 121, 171, 163, 
 # Base and light end. In `scenes` the first six classes have one hue, the others another; the fish have the third.
 HUES = torch.tensor([[204, 66, 58, 250, 200, 176], [22, 112, 122, 156, 220, 204],
                      [214, 104, 48, 252, 216, 160]]).view(3, 2, 3, 1, 1) / 255
-REACH = 1.7                                 # the bank of objects spans [-REACH, REACH] object radii
 
 def hash_uniforms(indices, columns, stream):
     """Counter-based uniforms, float64 (columns, n) in [0, 1): SplitMix64's finaliser over (stream, index, column)."""
@@ -112,8 +111,7 @@ def object_bank(fine, size=128):
     else:                                   # 6 shapes x 6 textures, paired so that each of them serves two classes
         cross = np.array([1 + 3j, 1 + 1j, 3 + 1j, 3 - 1j, 1 - 1j, 1 - 3j])
         heart = circle.real + 1j * (circle.imag - np.sqrt(np.abs(circle.real)) + 0.4)
-        # Equal areas, so that the size of an object says nothing about its class.
-        star = circle[::12] * np.tile([1, 0.5], 5)
+        star = circle[::12] * np.tile([1, 0.5], 5)         # all of equal areas: sizes say nothing about the class
         shapes = [polygon_distance(p * 2 / np.sqrt(np.abs((p.conj() * np.roll(p, -1)).imag.sum())), x, y) - 0.08
                   for p in (circle, circle[15::30], circle[::40], star, np.append(cross, -cross), heart)]
         textures = [np.sin(tau * 2.2 * y), np.cos(tau * 1.5 * x) + np.cos(tau * 1.5 * y) - 0.6,
@@ -133,8 +131,7 @@ def scenes(indices, size, fine=False):
         return tuple(torch.cat(part) for part in zip(*parts))
     # Pixels see sums, products, minima and grid_sample only: bits that depend on neither batch nor threads.
     n, u = len(indices), hash_uniforms(indices, 64, int(fine))
-    gx = ((torch.arange(size) + 0.5) / size).view(1, 1, 1, size)
-    gy = gx.transpose(2, 3)
+    gx, gy = (((torch.arange(size) + 0.5) / size).view(shape) for shape in ((1, 1, 1, size), (1, 1, size, 1)))
     def per_image(values):                  # n or 3 n numbers -> n 1 1 1 or n 3 1 1
         return torch.from_numpy(np.asarray(values, np.float32)).view(n, -1, 1, 1)
     def sample(bank, cx, cy, radius, angle, mirror, padding):
@@ -185,6 +182,8 @@ SPLITS = {"train": ("train", "training", "train2017", "train2014", "train-standa
           "val": ("val", "validation", "valid", "val2017", "val2014", "2021_valid", "test")}       # the first there
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp64")
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}         # EXIF orientation: the Image.Transpose that undoes it
+TROUBLES = {"inline_container": "no room left in --out"} | dict.fromkeys(("out of memory", "can't allocate memory"),
+           "out of memory: lower --batch-size or --image-size, or name a smaller --arch")  # what torch's words mean
 HEADER, PATIENCE, SCENE_BYTES = 2 ** 22, 50, 2 ** 30       # of a cache; tried for an unreadable; most kept of scenes
 
 class UserError(Exception):
@@ -213,6 +212,7 @@ def squeeze(image, side):
     plain = image.format == "JPEG" and image.fp and image.mode == "RGB" and image.size[::-1] == size
     if not plain:
         image.load()
+        size = size if scaled else (image.height, image.width)       # Pillow 10 turns a TIFF as it loads it
     with contextlib.suppress(Exception):         # damaged metadata does not make the pixels unreadable
         turn = image.getexif().get(0x0112)
     if plain and turn not in TURNS:
@@ -250,7 +250,7 @@ def squeeze_mask(mask, side, trimap=False, drawing=True):
     return torch.from_numpy(pixels[rows][:, columns].astype(np.uint8))[None]
 
 class Images(torch.utils.data.Dataset):
-    """Canvases of the images of one or several listed sources; a DataLoader gets a `Batch` for a list of indices.
+    """Canvases of the images of one or several listed sources; for a list of indices __getitems__ gives a `Batch`.
     name, canvas (side in pixels), classes (names, empty without), has_masks, grey (by 32 masks: shades of 128..254),
     fingerprint (sha256 over sorted names and sizes, wherever the root lies). Scenes are drawn once, into memory that
     workers share. For an unreadable image, reported, the next readable one, or after 30 one further on, stands in."""
@@ -266,6 +266,7 @@ class Images(torch.utils.data.Dataset):
         self.classes, self._labels = self.source.classes, torch.from_numpy(labels)
         if any(source.classes != self.classes for source in sources):
             self.classes, self._labels = [], torch.full_like(self._labels, -1)
+        self.corners = np.concatenate(known) if all(map(len, known := [source.boxes for source in sources])) else []
         self.fingerprint = hashlib.sha256("".join(source.digest for source in sources).encode()).hexdigest()
         self.record = np.dtype([("canvas", "u1", (3, canvas, canvas)), ("size", "<i8", 2),
                                 ("mask", "u1", (int(self.has_masks), canvas, canvas)), ("label", "<i8")])
@@ -307,7 +308,7 @@ class Images(torch.utils.data.Dataset):
         return canvas, torch.tensor(size), mask, self._labels[i]
 
     def __getitems__(self, indices):
-        n, side, index = len(indices), self.canvas, torch.tensor(indices)
+        n, side, index = len(indices), self.canvas, torch.tensor(indices := [range(len(self))[i] for i in indices])
         if self.source.scene and self.rows is None:
             return Batch(**dict(zip(self.record.names, self._draw(indices))), index=index, unreadable=[])
         new = [i for i in indices if self.rows["label"][i] < 0] if self.source.scene else []
@@ -331,14 +332,14 @@ class Images(torch.utils.data.Dataset):
         return batch
 
     def boxes(self, index):
-        """True boxes of an image, float32 n 4 (x0 y0 x1 y1 in fractions of it): the data's own where it has them
+        """True boxes of an image, float32 n 4 (x0 y0 x1 y1 in fractions of it): the data's own where all of it has them
         (scenes, CUB), else one around each value 1..254 of the mask."""
         if self.source.scene:
             found = self._draw([index])[-1][0]
             return found[~found.isnan().any(1)]
         batch = self.__getitems__([index])
-        if index < len(self.source.boxes) and not batch.unreadable:      # in pixels of this image, not of a stand-in
-            return torch.from_numpy(self.source.boxes[index][None]) / batch.size[0].flip(0).repeat(2)
+        if len(self.corners) and not batch.unreadable:         # in pixels of this image, not of a stand-in
+            return torch.from_numpy(self.corners[index][None]) / batch.size[0].flip(0).repeat(2)
         found = [[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] for value in batch.mask.unique().tolist()
                  if 0 < value < 255 for ys, xs in [(batch.mask[0, 0] == value).nonzero().T]]
         return torch.tensor(found, dtype=torch.float32).reshape(-1, 4) / self.canvas
@@ -641,7 +642,7 @@ def resize_matrix(lo, hi, n_out, n_in, flip=None, kernel="bicubic", dtype=None):
     resize it to n_out pixels, antialiased; on lo's device, in `dtype` (None: lo's). flip (B bool): rows reversed.
     kernel: "bicubic" (a = -0.5) and "bilinear" widen when shrinking, as in Pillow's resize; "box" is the exact area
     mean. A pixel on the box's edge counts by its part inside, one outside not at all: boxes of whole pixels give
-    Pillow's crop-then-resize, others move continuously in between. Rows are zeros where hi <= lo."""
+    Pillow's crop-then-resize (of two kernels: its own BOX is coarser), others lie between. Zeros where hi <= lo."""
     dtype, lo, hi = dtype or lo.dtype, lo.double(), hi.double()
     scale = (hi - lo)[:, None, None] * (n_in / n_out)                               # source pixels to an output pixel
     most = max(1, n_in / n_out)
@@ -671,8 +672,7 @@ def crop(x, box, size, flip=None, kernel="bicubic", dtype=torch.float32):
     """The part `box` (B 4: x0 y0 x1 y1 in fractions) of x (B C H W) at `size` (int or (h, w)), mirrored where flip (B).
     uint8 is scaled to [0, 1] in `dtype`, float keeps its own. Bicubic overshoots and is clamped to [0, 1], as Pillow's
     is to 0..255; other kernels cannot. box and flip may stay on the CPU. Strides: .contiguous() where they matter."""
-    h, w = (size, size) if isinstance(size, int) else size
-    dtype = x.dtype if x.is_floating_point() else dtype
+    (h, w), dtype = (size, size) if isinstance(size, int) else size, x.dtype if x.is_floating_point() else dtype
     box, flip = upload(box, x.device), None if flip is None else upload(flip, x.device)
     wy = resize_matrix(box[:, 1], box[:, 3], h, x.shape[2], None, kernel, dtype)
     wx = resize_matrix(box[:, 0], box[:, 2], w, x.shape[3], flip, kernel, dtype)
@@ -849,7 +849,7 @@ class SumOverProcesses(torch.autograd.Function):
     def forward(ctx, x):
         x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
-        return x
+        return x.clone()  # compiled by torch 2.11, x itself comes back from `backward` as zeros
 
     backward = forward
 
@@ -880,7 +880,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         return torch.addcmul(offset.view(shape), d, scale.view(shape)).to(x.dtype)
 
 def sync_batchnorm(module, device):
-    """Lets each batch norm in `module` see the batch of all processes; keys, parameters and buffers stay. -> module"""
+    """Lets batch norm in `module` (its momentum a number) see all processes' batch; keys and tensors stay. -> module"""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return module
     if torch.device(device).type == "cuda":
@@ -958,8 +958,7 @@ def features(net, images, indices, *, size, device, batch_size=256, workers=0, d
     modes, dtype = [(m, m.training) for m in net.modules()], next(net.parameters()).dtype
     loader = sequential(images, indices, batch_size=batch_size, workers=workers, device=device)
     loader = tqdm(loader, desc, math.ceil(len(indices) / batch_size), leave=False, disable=None if desc else True)
-    pooled, labels = [], []
-    net.eval()
+    pooled, labels, _ = [], [], net.eval()
     try:
         for batch in loader:
             box = center_boxes(batch.size, round(size * 256 / 224), size)
@@ -976,8 +975,8 @@ def features(net, images, indices, *, size, device, batch_size=256, workers=0, d
 def knn(bank, bank_labels, queries, *, k=20, temperature=0.07, classes, device=None, chunk=(1024, 16384)):
     """Weighted kNN (DINO, eval_knn.py): the k rows of the bank with the highest cosine vote for their class, each with
     exp(cosine / temperature). bank M C, bank_labels M in 0..classes-1, queries N C -> classes, int64 N on the CPU, or
-    len(k) N for a list of k; a k above M is M. Of equal cosines (to 1e-9) the lower row is nearer, of equal votes the
-    lower class wins. Runs on `device` (None: the queries'), `chunk` queries x rows at a time; the bank is read once."""
+    len(k) N for a list of k; a k above M is M. Of cosines equal to 1e-9 (float32 rounds to 1e-7) the lower row is
+    nearer, of equal votes the lower class wins. On `device` (None: the queries'), `chunk` queries x rows at a time."""
     device, ks = device or queries.device, [k] if isinstance(k, int) else list(k)
     queries = F.normalize(full(queries.to(device)), dim=1).split(chunk[0])
     best = [torch.empty(len(q), 0, dtype=torch.int64, device=device) for q in queries]
@@ -1046,7 +1045,7 @@ def find_masks(batch, source="boundary", dtype=torch.float32, grey=False):
         low, high = ((mask & part).amax((1, 2, 3), keepdim=True) for part in (batch.mask <= 127, batch.mask > 127))
         mask = torch.where(low & ~high & (not grey), mask, batch.mask > 127)
     share = mask.double().mean((1, 2, 3))
-    usable, box = (share >= 0.01) & (share <= 0.9), []
+    usable, box = (share >= 0.01) & (share <= 0.9), []  # choice: less shows nothing to learn, more no ground
     for axis in (2, 3):
         below = mask.sum((1, axis)).cumsum(1) / mask.sum((1, 2, 3))[:, None].clamp_min(1)
         box.append(torch.stack([(below <= 0.02).sum(1), (below < 0.98).sum(1) + 1], 1).double() / mask.shape[2])
@@ -1074,8 +1073,7 @@ def center_views(images, indices, size, net, pick=lambda out: out, batch_size=12
     """Evaluation's views of some images and what `net`, in eval mode (restored), makes of them: for pictures and dense
     measures. -> views N 3 size size in [0, 1]; masks N 1 size size uint8 (N 0 .. where there are none), the nearest
     pixel, no mixing of classes; pick(net(normalised views)), a tensor; all on the CPU."""
-    weight, modes, found = next(net.parameters()), [(m, m.training) for m in net.modules()], []
-    net.eval()
+    weight, modes, found, _ = next(net.parameters()), [(m, m.training) for m in net.modules()], [], net.eval()
     for batch in sequential(images, indices, batch_size=batch_size, workers=0, device="cpu"):
         box, side = center_boxes(batch.size, round(size * 256 / 224), size), batch.mask.shape[-1]
         view, step = crop(batch.canvas, box, size, dtype=weight.dtype), (torch.arange(size) + 0.5) / size
@@ -1104,6 +1102,11 @@ def check_args(args):
         numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
         if not all(0 < v < 1e18 if name in above else 0 <= v < 1e18 for v in numbers):
             refuse(f"--{name.replace('_', '-')} {value} must be {'above 0' if name in above else '0 or more'} (< 1e18)")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    if args.precision == "auto":                 # settled before it is compared: a run goes on in the one it began with
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        args.precision = "bf16" if fast else "fp32"
     if args.workers is None:
         args.workers = max(0, min(8, len(os.sched_getaffinity(0)) // local - 1))
     if args.batch_size % (4 * world):
@@ -1113,7 +1116,7 @@ def check_args(args):
         refuse(f"--canvas {args.canvas} is below --image-size or above 16384: try {args.image_size * 3 // 2}")
     if args.device == "cuda" and not torch.cuda.is_available():
         refuse("--device cuda: torch sees no CUDA GPU; leave the flag out to train on the CPU")
-    if args.device != "cpu" and torch.cuda.is_available() and local > torch.cuda.device_count():
+    if cuda and local > torch.cuda.device_count():
         refuse(f"{local} processes for {torch.cuda.device_count()} GPU(s): lower --nproc_per_node")
     if args.init and (arch := arch_of(load_backbone(args.init))) != args.arch:
         refuse(f"--init {args.init} holds a {arch}: give --arch {arch}, not {args.arch}")
@@ -1125,10 +1128,6 @@ def check_args(args):
 
 def numerics(precision, device, deterministic):
     """-> dtype of weights and views, dtype of autocast (None: off), gradient scaler (fp16 only). No TF32 in fp32."""
-    if precision == "auto":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        precision = "bf16" if fast else "fp32"
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -1204,11 +1203,11 @@ def run_script(train, parse_args):
         if dist.is_initialized():
             dist.destroy_process_group()         # not after an error: NCCL would wait for the others
     except (UserError, OSError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+        torchs, why = isinstance(error, RuntimeError), [TROUBLES[words] for words in TROUBLES if words in str(error)]
+        if torchs and not why:
             raise
-        why = "no room left in --out" if isinstance(error, RuntimeError) else error     # torch.save's words say less
-        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "local", isinstance(error, OSError)):
-            print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "local", torchs or isinstance(error, OSError)):
+            print(f"{Path(sys.argv[0]).name}: {why[0] if torchs else error}", file=sys.stderr)
         sys.exit(2)
     finally:
         for worker in torch.multiprocessing.active_children():       # they ignore SIGTERM, with which the interpreter
@@ -1218,7 +1217,8 @@ def settings_of(args, images):
     """What the numbers of a run hang on, beyond rounding: a checkpoint made with other values of these is refused."""
     free = {"data", "cache", "workers", "out", "fresh", "save_every", "log_every", "knn_every", "timeout_minutes",
             "device", "compile", "deterministic", "preset"}
-    return {k: v for k, v in vars(args).items() if k not in free} | {"images": images.fingerprint}
+    init = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:16] if args.init else ""    # wherever it lies
+    return {k: v for k, v in vars(args).items() if k not in free} | {"images": images.fingerprint, "init": init}
 
 def run_length(args, n):
     """Steps an epoch of n images, steps in all, stretch of epochs by --steps (else 1): int(epochs * both + 1e-6)."""

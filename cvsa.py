@@ -2,7 +2,7 @@
 
 Paper: Wu, Li, Zang, Li, "Exploring Localization for Self-supervised Fine-grained Contrastive Learning", BMVC 2022
 (arXiv 2106.15788). It publishes two ingredients on top of BYOL and their gains; no code is known. So this implements
-the two ingredients; what they leave open is a choice, listed below, most marked `choice` where it stands. Compare
+the two ingredients; what they leave open is a choice, listed below and marked `choice` where it stands. Compare
 gains over plain BYOL of the same recipe (`--swap-prob 0 --align-weight 0`), not absolute values, with the paper's.
 
 The idea. Contrastive learning remembers background and texture and does not know where the object is; telling birds
@@ -77,7 +77,7 @@ PRESETS = {
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="CVSA pre-training", allow_abbrev=False)
-    g = p.add_argument_group("data")
+    g = p.add_argument_group("data")  # choice: crops of 0.2 to 1: the smaller, the less object
     g.add_argument("--data", default="scenes-fine", help="scenes-fine[:N]: embedded; a folder; Name:root; a,b joins")
     g.add_argument("--cache", default="", help="pack the resized images into this file once, then read them from it")
     g.add_argument("--masks", default="boundary", help="boundary: from pixels; truth; a folder of grey or number PNGs")
@@ -92,11 +92,11 @@ def parse_args(argv=None):
     g.add_argument("--dim", type=int, help="width of z and of the dense maps")
     g.add_argument("--hidden", type=int, help="hidden width of projector g and predictor q")
     g.add_argument("--dense-hidden", type=int, help="hidden width of the dense head d and its predictor p")
-    g.add_argument("--swap-prob", type=float, default=0.5, help="p in (1), for each view; 0: no swaps")
+    g.add_argument("--swap-prob", type=float, default=0.5, help="p in (1), for each view; 0: no swaps")  # choice
     g.add_argument("--mask-crop", choices=("on", "off"), help="redraw crops without object; default: on, in BYOL off")
     g.add_argument("--align", choices=("attention", "pooled"), default="attention", help="(5): find it, or resemble it")
-    g.add_argument("--align-weight", type=float, default=1.0, help="lambda in (6): grad_ratio 0.2-0.5 at the start")
-    g.add_argument("--tau", type=float, default=0.1, help="of the look (4); lower: harder")
+    g.add_argument("--align-weight", type=float, default=1.0, help="lambda in (6): grad_ratio 0.2-0.5 first")  # choice
+    g.add_argument("--tau", type=float, default=0.1, help="of the look (4); lower: harder")  # choice
     g.add_argument("--momentum", type=float, help="the teacher's mu in (7) at the first step; a cosine takes it to 1")
     training_arguments(p)
     args = parse_preset(p, argv, PRESETS, "finegrained", "cvsa")
@@ -122,7 +122,7 @@ class Branch(nn.Module):
 
     def __init__(self, arch, dim, hidden):
         super().__init__()
-        self.encoder = backbone(arch, zero_init_residual=True)  # choice
+        self.encoder = backbone(arch, zero_init_residual=True)  # choice: as large-batch recipes do
         self.projector, self.dense = head(self.encoder.channels[-1], hidden, dim), None
 
     def forward(self, view):
@@ -139,8 +139,8 @@ def object_mean(x, mask):
     return (mask * x).sum((2, 3)) / mask.sum((2, 3))
 
 def attend(x, key, mask, tau=0.1):
-    """(4, 5), one view: x B D h w, key B D of unit norm, mask B 1 h w -> P (B N), its loss (B; 1 for an even look,
-    0 without a mask) and its share on the object (B)."""
+    """(4, 5), one view (choice: their form): x B D h w, key B D of unit norm, mask B 1 h w -> P (B N), its loss (B; 1
+    for an even look, 0 without a mask) and its share on the object (B)."""
     log_p = F.log_softmax(torch.einsum("bdn,bd->bn", F.normalize(x.flatten(2), dim=1), key) / tau, dim=1)
     p, mask, n = log_p.exp(), mask.flatten(1), log_p.shape[1]
     target = mask / mask.sum(1, keepdim=True).clamp_min(1e-12)
@@ -164,7 +164,7 @@ class Model(nn.Module):
         self.predictor = head(dim, hidden, dim)  # q
         if align_weight:  # made last: plain BYOL with the same seed starts from the same weights
             self.student.dense = head(self.student.encoder.channels[-1], dense_hidden, dim, dense=True)
-            self.dense_predictor = head(dim, dense_hidden, dim, dense=True)  # p
+            self.dense_predictor = head(dim, dense_hidden, dim, dense=True)  # p; choice: as BYOL's q, a cell at a time
 
     def make_teacher(self):
         """A copy of the student without gradients, in train mode: it normalises with its own batch statistics."""
@@ -204,7 +204,7 @@ class Model(nn.Module):
             return [(valid * (a + b) / (2 * n)).sum() for a, b in (losses, masses, shares)]
         other = torch.arange(len(masks[0]), device=masks[0].device).view(-1, 4).roll(1, 1).flatten()  # in a block of 4
         with torch.autocast(student[0].device.type, enabled=False):
-            keys = [F.normalize(object_mean(full(e), m), dim=1).detach() for e, m in zip(teacher, masks)]
+            keys = [F.normalize(object_mean(full(e), m), dim=1).detach() for e, m in zip(teacher, masks)]  # choice: (3)
             shares = [m.mean((1, 2, 3)) for m in masks]
             valid = (shares[0] >= 0.01) & (shares[1] >= 0.01)  # choice: under 1 % of the view is as good as empty
             both = valid & valid[other]  # the same images for both keys
@@ -229,8 +229,8 @@ def plan_swap(box, usable, size, host, wanted, jitter):
     center, sides = box.mean(1), (box[:, 1] - box[:, 0]) * (0.9 + 0.3 * jitter)  # choice: cut 0.9 to 1.2 times the box
     cut = torch.stack([center - sides / 2, center + sides / 2], 1).clamp(0, 1)
     place = torch.where(usable[host, None, None], box[host], box)  # choice: no mask, the object's own place
-    sides, pixels = cut[:, 1] - cut[:, 0], size.flip(1).double() / size[host].flip(1)
-    grown = ((place[:, 1] - place[:, 0]) / (sides * pixels)).amax(1, keepdim=True) * pixels  # covers the place
+    sides, pixels = cut[:, 1] - cut[:, 0], size.flip(1).double() / size[host].flip(1)  # choice: the aspect is kept
+    grown = ((place[:, 1] - place[:, 0]) / (sides * pixels)).amax(1, keepdim=True) * pixels  # choice: covers it
     whole = torch.arange(2, device=box.device)[:, None]  # low and high ends of both axes
     target = place.mean(1)[:, None] + (grown * sides)[:, None] * (whole - 0.5)
     seen = target.clamp(0, 1)
@@ -253,7 +253,7 @@ def aware_box(tries, mask, source, target, dtype):
     return torch.where(good.any(1)[:, None, None], found, torch.arange(2, device=mask.device)[:, None])
 
 def make_views(batch, found, u, orders, crop_area, image_size, jitter, blur, swap_prob, aware, dtype):
-    """(1): two views of each image and its object in them. batch: common.Batch; found: of `find_masks`; u: this rank's
+    """(1): two views of each of 4 n images and its object in them. batch: common.Batch; found: of `find_masks`; u: own
     uniforms; orders: of the colour operations, one a view; aware: crops heed masks. No pasted canvas is ever
     formed: host and object go straight into the view, the mask as a fourth channel through the same products.
     -> views: two B 3 H W, normalised; masks: two B 1 H W in 0..1; swapped: two B bool"""
@@ -281,7 +281,7 @@ def make_views(batch, found, u, orders, crop_area, image_size, jitter, blur, swa
             r, mirrored = upload(rows, device), torch.where(flip, frame[:, :, 0].flip(1), frame[:, :, 0])
             (wx, at_x), (wy, at_y) = (place_matrix(source[r, :, a], target[r, :, a], f[r], image_size, n, dtype)
                                       for a, f in enumerate((mirrored, frame[:, :, 1])))
-            pasted = swapped[r, None, None, None] & at_y[:, None, :, None] & at_x[:, None, None]
+            pasted = swapped[r, None, None, None] & at_y[:, None, :, None] & at_x[:, None, None]  # choice: hard edges
             view[r] = torch.where(pasted, resample(x[r].to(dtype), wy, wx / 255).clamp(0, 1), view[r])
         seen = photometry(view[:, :3], photo, order, jitter=jitter, sigma=(0.1, blur), **recipe)  # of the image alone
         made.append((seen.contiguous(memory_format=torch.channels_last), view[:, 3:], swapped))
@@ -456,7 +456,7 @@ def draw(model, teacher, images, indices, path, size, masks="boundary", show=8):
     found, u = find_masks(batch, masks, weight.dtype, images.grey), uniforms(0, 0, len(indices), sum(COLUMNS))
     u[:, -2 * PHOTO_COLUMNS:] = 1  # no photometry
     views, masks, _ = make_views(batch, found, u, [range(4)] * 2, (0.2, 1.0), size, [0] * 4, 2, 1, True, weight.dtype)
-    model.eval(), teacher.eval()
+    modes, _ = [model.training, teacher.training], [model.eval(), teacher.eval()]
     seen = [(model.student(view), teacher(view)) for view in views]
     canvas = F.interpolate(batch.canvas / 255, size=size, mode="bilinear").mul(255).byte().cpu()
     boxed = [draw_bounding_boxes(c, b.view(1, 4) * size, colors="red") for c, b in zip(canvas, found[1].cpu())]
@@ -471,7 +471,7 @@ def draw(model, teacher, images, indices, path, size, masks="boundary", show=8):
         p = F.interpolate(p / p.amax((2, 3), keepdim=True), size=size, mode="bilinear")
         view = (views[v] - black) / (white - black)
         tiles += [view, torch.where(masks[v] > 0.5, view, 0.25 * view + 0.6), view * (0.15 + 0.85 * p)]
-    model.train(), teacher.train()
+    model.train(modes[0]), teacher.train(modes[1])
     save_image(torch.cat(tiles).float(), path, nrow=len(indices))
 
 def object_mass(encoder, images, indices, size):
@@ -549,7 +549,7 @@ def train(args):
         log.waited += time.perf_counter() - tick
         unreadable |= dict(batch.unreadable)
         peak_lr = args.lr * args.batch_size / 256
-        lr = schedule(step, total, peak_lr, args.final_lr, warmup, start=peak_lr / 100)
+        lr = schedule(step, total, peak_lr, args.final_lr, warmup, start=peak_lr / 100)  # choice: 1 %
         momentum = schedule(step, total, args.momentum, 1.0)
         u = uniforms(args.seed, step, args.batch_size, sum(COLUMNS))[mine]
         orders = [jitter_order(args.seed, step, view) for view in (0, 1)]

@@ -184,8 +184,8 @@ def match(counts):
 @torch.no_grad()
 def retrieval_scores(x, y, device="cpu", chunk=256):
     """Leave-one-out: every row asks, by cosine, for the others of its label. x N C, y N -> {"rank1", "rank5", "map"} in
-    % and "queries", those with another image of their label; the rest only stand in the way. Of equal cosines the
-    lower row comes first. Runs on `device`, `chunk` queries at a time."""
+    % and "queries", those with another image of their label; the rest only stand in the way. Of equal cosines, as x's
+    dtype rounds them, the lower row comes first. Runs on `device`, `chunk` queries at a time."""
     x, y, sums = F.normalize(full(x.to(device)), dim=1), y.to(device), torch.zeros(4, dtype=torch.float64)
     for start in tqdm(range(0, len(x), chunk), "ranking", leave=False, disable=None):
         row = torch.arange(start, min(start + chunk, len(x)), device=device)
@@ -417,10 +417,9 @@ def train_heads(run, net, data, classes, path):
             refuse(f"{path} cannot be gone on from, nothing in it was run: start over with --fresh")
         if run.rank == 0:
             print(f"goes on from step {step} of {total}: --fresh starts over", file=sys.stderr)
-    if args.compile:
-        model.encoder.compile()
+    model.encoder.compile() if args.compile else None
     signals, unreadable, bad_step = heed_signals(), {}, torch.zeros((), dtype=torch.long, device=run.device)
-    ends = {total - k * epoch for k in range(args.median)}  # of the last epochs
+    ends = {total - round(k * epoch * stretch) for k in range(args.median)}  # of the last epochs
     drops = [int(e * epoch * stretch + 1e-6) for e in args.drop_epochs]
     loader = batches(torch.utils.data.Subset(train, rows), batch_size=args.batch_size, seed=args.seed, start=step,
                      stop=total, rank=run.rank, world=run.world, device=run.device, workers=args.workers)
@@ -445,11 +444,12 @@ def train_heads(run, net, data, classes, path):
         for group in optimizer.param_groups:
             fall = 0.2 ** sum(step >= d for d in drops) if drops else (1 + math.cos(math.pi * step / total)) / 2
             group["lr"] = group["peak"] * fall
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        fine = norm.isfinite() | frozen | (scaler.scale(torch.ones_like(n)) > 1)  # a sweep's losses tell; fp16 halves
         scaler.step(optimizer)
         scaler.update()
         step += 1
-        bad = ~losses.isfinite().any() | (scaler.scale(torch.ones_like(n)) < 1)  # all of a sweep; fp16: even at scale 1
-        bad_step = torch.where((bad_step == 0) & bad, step, bad_step)
+        bad_step = torch.where((bad_step == 0) & ~(losses.isfinite().any() & fine), step, bad_step)
         bar.update()
         if step in ends:
             looks.append(test_heads(run, model, test, asked))
@@ -602,7 +602,7 @@ def choose_data(args):
     rows, test, asked = split if split[1] is whole[1] else whole  # no label in common: masks need none, else refused
     if args.protocol == "segment":
         check_masks(train, rows)
-    if args.protocol == "segment" or args.protocol == "localize" and not len(test.source.boxes):
+    if args.protocol == "segment" or args.protocol == "localize" and not len(test.corners):
         check_masks(test, asked, " in val/" * (test is not train))
     elif args.protocol != "localize" and (len(test.classes) < 2 or learns and test.classes != train.classes):
         refuse(f"--protocol {args.protocol} needs labels, a sub-folder for each class, the same in train/ and val/, or "

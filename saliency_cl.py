@@ -97,12 +97,12 @@ def parse_args(argv=None):
     g.add_argument("--saliency-warmup", type=float, default=0.1, help="share of the steps at the start with a flat map")
     g.add_argument("--crop-saliency", action=argparse.BooleanOptionalAction, default=True, help="choose c_k by it")
     g.add_argument("--weight-saliency", action=argparse.BooleanOptionalAction, default=True, help="weigh pairs by it")
-    g.add_argument("--crops", type=int, default=2, help="K, pairs of crops an image; a single one always has weight 1")
-    g.add_argument("--crop-size", type=int, help="side of such a crop in pixels")
+    g.add_argument("--crops", type=int, default=2, help="K, pairs of crops an image; one alone has weight 1")  # choice
+    g.add_argument("--crop-size", type=int, help="side of such a crop in pixels")  # choice
     g.add_argument("--box-area", type=float, nargs=2, default=[0.05, 0.3], metavar=("MIN", "MAX"), help="share of c_k")
     g.add_argument("--box-temperature", type=float, default=0.1, help="T in (3), 0.05 and above; lower: peaks")
-    g.add_argument("--gamma", type=float, default=1.0, help="in (6): how sharply weights follow saliency")
-    g.add_argument("--crop-weight", type=float, default=1.0, help="lambda in (7)")
+    g.add_argument("--gamma", type=float, default=1.0, help="in (6): how sharply weights follow saliency")  # choice
+    g.add_argument("--crop-weight", type=float, default=1.0, help="lambda in (7)")  # choice
     g.add_argument("--loss", choices=("byol", "infonce"), default="byol", help="(4): without or with negatives")
     g.add_argument("--temperature", type=float, default=0.2, help="tau of infonce")
     g.add_argument("--momentum", type=float, help="the target's m in (8) at the first step; a cosine takes it to 1")
@@ -172,8 +172,8 @@ def choose(logits, u, boxes, k):
     return torch.cat(chosen, 1)
 
 def partner_boxes(u, boxes):
-    """ORL's rule: the centre moves by -0.5..0.5 of the sides, area and ratio change by 0.5..2 (log-uniform: the ratio),
-    until the box is inside the image with IoU > 0.5; else it is the same. u: B K tries 4, boxes B K 4 -> B K 4."""
+    """choice: ORL's rule. The centre moves by -0.5..0.5 of the sides, area and ratio change by 0.5..2 (log-uniform: the
+    ratio), until the box is in the image with IoU > 0.5; else it is the same. u: B K tries 4, boxes B K 4 -> B K 4."""
     boxes, area, ratio = boxes[:, :, None], 0.5 + 1.5 * u[..., 2], 2 ** (2 * u[..., 3] - 1)
     side = boxes[..., 2:] - boxes[..., :2]  # B K 1 2
     half = side / 2 * torch.stack([area * ratio, area / ratio], 3).sqrt()
@@ -184,8 +184,8 @@ def partner_boxes(u, boxes):
 
 @torch.no_grad()
 def salient_pairs(s, u, size, crops=2, box_area=(0.05, 0.3), temperature=0.1, gamma=1.0):
-    """(2), (3), (6) for a batch at once, on the device of the maps s, B h w. u: uniforms B 4M, B M, B 4 tries K, and
-    size: B 2 (original height, width), still on the CPU: nothing waits for the device. -> boxes B 2K 4, c_1 .. c_K,
+    """(2), (3), (6) for a batch, on the device of the float64 maps s, B h w. u: uniforms B 4M, B M, B 4 tries K,
+    and size: B 2 (original height, width), on the CPU: nothing waits for the device. -> boxes B 2K 4, c_1 .. c_K,
     c'_1 .. c'_K; weights B K; candidates B M 4. A flat map gives what temperature inf and gamma 0 give: the control."""
     size, *u = upload(torch.cat([size, *u], 1), s.device).split([2, *(part.shape[1] for part in u)], 1)
     candidates = candidate_boxes(u[0].unflatten(1, (-1, 4)), size, box_area)
@@ -223,7 +223,7 @@ class Branch(nn.Module):
         return self.projector(full(self.encoder(view)[-1]).mean((2, 3)))
 
 def track(net, on):
-    """Whether batch norm, which normalises with the batch's statistics either way, updates its running ones."""
+    """Whether batch norm, which takes the batch's statistics either way, updates its running ones (momentum 0.1)."""
     for m in net.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.momentum = 0.1 * on
@@ -233,9 +233,9 @@ class Model(nn.Module):
 
     model = Model("resnet50")
     teacher = model.make_teacher()
-    targets = [teacher(v) for v in views], teacher(crops)     # views: two B 3 H W; crops: 2KB 3 s s, c_1 of all images
-    losses = model(views, crops, *targets, weights)           # first, then c_2 .. c_K, c'_1 .. c'_K; weights: B K
-    losses["loss"].backward()
+    targets, _ = [teacher(v) for v in views], track(teacher, False)  # views: two B 3 H W; crops: 2KB 3 s s, c_1 of all
+    crop_targets, _ = teacher(crops), track(teacher, True)           # images first, then c_2 .. c_K, c'_1 .. c'_K
+    model(views, crops, targets, crop_targets, weights)["loss"].backward()  # weights: B K
     """
 
     def __init__(self, arch="resnet50", dim=256, hidden=4096, loss="byol", temperature=0.2, crop_weight=1.0):
@@ -544,7 +544,7 @@ def train(args):
         log.waited += time.perf_counter() - tick
         unreadable |= dict(batch.unreadable)
         peak_lr = args.lr * args.batch_size / 256
-        lr = schedule(step, total, peak_lr, args.final_lr, warmup, start=peak_lr / 100)
+        lr = schedule(step, total, peak_lr, args.final_lr, warmup, start=peak_lr / 100)  # choice: 1 %
         momentum = schedule(step, total, args.momentum, 1.0)
         u = uniforms(args.seed, step, args.batch_size, sum(cut))[mine].split(cut, 1)
         orders = [jitter_order(args.seed, step, view) for view in range(2 + 2 * args.crops)]

@@ -463,7 +463,7 @@ def draw(teacher, images, indices, path, size, show=8, carriers=5):
 def majority_miou(segment, truth, void=255):
     """mIoU in % of segments as classes: each segment number is taken for its most frequent class on the first half of
     the images and scored on the second. segment, truth: N H W of whole numbers."""
-    truth, half = truth.long(), len(truth) // 2
+    segment, truth, half = segment.long(), truth.long(), len(truth) // 2
     known, classes = truth != void, int((truth * (truth != void)).max()) + 1
     pairs = (segment * classes + truth)[:half][known[:half]]
     pairs = pairs.bincount(minlength=(int(segment.max()) + 1) * classes).view(-1, classes)

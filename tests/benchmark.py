@@ -965,6 +965,7 @@ def main():
         print(json.dumps(found))
         return
     opt.cuda = torch.cuda.is_available()
+    opt.precision = importlib.import_module("slotcon").parse_args(["--precision", opt.precision]).precision  # what auto is
     opt.sizes = opt.sizes or ("recipe" if opt.cuda and not opt.quick else "demo")
     opt.methods, wanted = opt.methods.split(","), opt.only.split(",")
     if not {*opt.methods} <= {*METHODS} or not {*wanted} <= {*PARTS}:

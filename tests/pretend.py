@@ -217,6 +217,7 @@ def start(numbers=True):
             "torch.cuda._lazy_init": lambda: None, "torch.cuda.is_available": lambda: True,
             "torch.cuda.device_count": lambda: 1, "torch.cuda.set_device": lambda device: None,
             "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
+            "torch.cuda.is_current_stream_capturing": lambda: False,  # torch 2.11's optimizers ask
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
             "torch.cuda.max_memory_allocated": lambda device=None: 0,
             "torch.cuda.Stream": lambda device: mock.MagicMock(), "torch.cuda.stream": contextlib.nullcontext,

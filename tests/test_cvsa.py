@@ -560,3 +560,11 @@ def test_squares_of_ground_are_pasted_beside_objects(tmp_path, capsys):
     torch.save({"shape": shape, "model": model.state_dict(), "teacher": model.make_teacher().state_dict()}, tmp_path / "c.pt")
     edges.main(tmp_path / "c.pt")
     assert re.match(r"\d+ images;.*\nwithout +\d+\.\d % .*\nwith +\d+\.\d % ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_pictures_leave_the_networks_in_their_modes(tmp_path, mode):
+    images, model = common.open_images("scenes-fine:8", 48), cvsa.Model("small", dim=8, hidden=8, dense_hidden=8)
+    model.train(mode), (teacher := model.make_teacher()).train(not mode)
+    cvsa.draw(model, teacher, images, range(8), tmp_path / "a.png", 32)
+    assert (model.training, teacher.training) == (mode, not mode)

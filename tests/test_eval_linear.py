@@ -296,6 +296,23 @@ def test_gradients_never_finite_in_fp16_end_finetuning(folder, tmp_path, monkeyp
             run(folder, tmp_path, "finetune")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("bad", [2, 6])
+def test_an_infinite_gradient_of_a_finite_loss_ends_finetuning(folder, tmp_path, monkeypatch, precision, bad):
+    """Also at the last step: nothing that is not finite is saved or exported."""
+    plain, count = ev.Classifier, iter(range(1, 100))
+    def broken(*args):
+        model = plain(*args)
+        model.encoder.conv1.weight.register_hook(lambda g: g * math.inf if next(count) == bad else g)
+        return model
+    monkeypatch.setattr(ev, "Classifier", broken)
+    with pytest.raises(UserError, match=f"not finite at step {bad},"):
+        run(folder, tmp_path, "finetune", "--save-every", 1, "--precision", precision)
+    assert not list(tmp_path.glob("*-backbone.pth"))
+    assert checkpoint(tmp_path)["step"] == bad - 1
+    assert all(v.isfinite().all() for v in checkpoint(tmp_path)["encoder"].values())
+
+
 @pytest.mark.parametrize("drops", [[], ["--drop-epochs", "2", "4"]])
 def test_rates_of_finetuning(folder, tmp_path, drops):
     """Of head and backbone, not scaled by the batch: a cosine, or a fifth after each of some epochs, stretched with --steps."""
@@ -366,6 +383,16 @@ def test_the_median_of_the_last_epochs(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(ev, "test_heads", lambda *a: [next(looks)])
     line = run(folder, tmp_path, "finetune", "--steps", 9, "--median", 3)  # 3 steps an epoch
     assert line["top1"] == 20 and line["epochs_tested"] == 3
+
+
+def test_the_last_epochs_stretch_with_steps(folder, tmp_path, monkeypatch):
+    """Of 10 epochs the last 5: with 6 steps in all, the second half, at steps 6, 5.4, 4.8, 4.2 and 3.6."""
+    looks, at = [], iter(range(1, 7))
+    monkeypatch.setattr(ev, "test_heads", lambda *a: looks.append(step[0]) or [{"top1": 1.0}])
+    step, plain = [0], ev.normalize
+    monkeypatch.setattr(ev, "normalize", lambda x: step.__setitem__(0, next(at)) or plain(x))
+    assert run(folder, tmp_path, "finetune", "--epochs", 10, "--steps", 6, "--median", 5)["epochs_tested"] == len(looks)
+    assert looks == [4, 5, 6]
 
 # ------------------------------------------------------------------------------------------------------------ protocols
 

@@ -344,6 +344,52 @@ def test_what_a_checkpoint_may_differ_in(script):
     assert compared["images"] == "x"
 
 
+@each
+def test_a_run_goes_on_in_the_precision_it_began_with(script, tmp_path, monkeypatch):
+    """--precision auto is settled by the machine, and a run may meet another one."""
+    no_looks(monkeypatch, importlib.import_module(script))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for fast, name in ((False, "fp32"), (True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        assert importlib.import_module(script).parse_args(["--preset", "demo", "--device", "cpu"]).precision == name
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    train(script, tmp_path, "--precision", "auto", "--steps", 1)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    with pytest.raises(common.UserError, match="precision was 'fp32', is 'bf16'"):
+        train(script, tmp_path, "--precision", "auto", "--steps", 1)
+
+
+def test_init_is_compared_by_what_the_file_holds(tmp_path, monkeypatch):
+    no_looks(monkeypatch, slotcon)
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        common.save_backbone(tmp_path / f"{name}.pth", common.backbone("small"))
+    (tmp_path / "copy.pth").write_bytes((tmp_path / "a.pth").read_bytes())
+    train("slotcon", tmp_path / "run", "--init", tmp_path / "a.pth", "--steps", 1)
+    train("slotcon", tmp_path / "run", "--init", tmp_path / "copy.pth", "--steps", 1)  # is finished
+    for other in (["--init", tmp_path / "b.pth"], []):
+        with pytest.raises(common.UserError, match="init was"):
+            train("slotcon", tmp_path / "run", *other, "--steps", 1)
+    (tmp_path / "a.pth").write_bytes((tmp_path / "b.pth").read_bytes())
+    with pytest.raises(common.UserError, match="init was"):
+        train("slotcon", tmp_path / "run", "--init", tmp_path / "a.pth", "--steps", 1)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), None],
+                         ids=["cuda", "cpu"])
+def test_too_little_memory_is_one_line(capsys, error):
+    def train(args):
+        if error:
+            raise error
+        torch.empty(2 ** 60)
+    with pytest.raises(SystemExit) as left:
+        common.run_script(train, lambda: None)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.count("\n") == 1 and "--batch-size" in said
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # any other is a mistake of ours
+        common.run_script(lambda args: torch.ones(2, 3) @ torch.ones(2, 3), lambda: None)
+
+
 def test_one_in_a_hundred_may_be_unreadable():
     names = {i: "x.jpg: broken" for i in range(10)}
     assert common.agree([], torch.tensor(0), names, 1000) == (0, 10)
@@ -412,6 +458,7 @@ def test_slots_are_named_on_one_half_and_scored_on_the_other():
     truth = torch.stack([torch.tensor([[2, 2, 0, 0]]), torch.tensor([[2, 2, 0, 255]])])  # 0 is named 2, 1 is named 0
     # on the second image guesses are 2 0 0 (void is left out): class 2 has 1 of 2, class 0 has 1 of 2, 1 is not met
     assert slotcon.majority_miou(segment, truth) == pytest.approx(50)
+    assert slotcon.majority_miou(segment.to(torch.uint8), truth.to(torch.int16)) == pytest.approx(50)
     assert math.isnan(slotcon.majority_miou(segment, torch.full_like(truth, 255)))  # all void: no figure, no crash
 
 
