@@ -537,16 +537,19 @@ def test_a_data_worker_killed(script, when, out):
     assert_whole(out)
 
 
-def third_step_breaks():
-    """As memory that runs out does, an error that no one expects."""
+def third_step_breaks(message="an error that no one expects"):
     for script in SCRIPTS:
         module = importlib.import_module(script)
         steps, update = itertools.count(1), module.ema_update
         def broken(*args, steps=steps, update=update):
             if next(steps) == 3:
-                raise RuntimeError("out of memory")
+                raise RuntimeError(message)
             update(*args)
         module.ema_update = broken
+
+
+def third_step_is_too_large():
+    third_step_breaks("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 @row("an error nobody expects, with workers at work: ends, with its traceback")
@@ -554,7 +557,17 @@ def test_an_unexpected_error_ends_the_run(script, out):
     """The workers ignore SIGTERM, by which the interpreter ends children at its own end before it waits for them."""
     run = Run(script, flags(script, out, "--workers", 2, "--steps", 200), before=third_step_breaks).until_step(2)
     workers = children(run.forks[0].pid)
-    assert "out of memory" in run.wait(1)
+    said = run.wait(1)
+    assert "Traceback" in said and "no one expects" in said
+    assert len(workers) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+
+
+@row("memory that runs out: one line that says what to lower")
+def test_memory_runs_out(script, out):
+    run = Run(script, flags(script, out, "--workers", 2, "--steps", 200), before=third_step_is_too_large).until_step(2)
+    workers = children(run.forks[0].pid)
+    last = run.refusal()
+    assert "out of memory" in last and "--batch-size" in last
     assert len(workers) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in workers)
 
 
