@@ -250,10 +250,11 @@ def squeeze_mask(mask, side, trimap=False, drawing=True):
     return torch.from_numpy(pixels[rows][:, columns].astype(np.uint8))[None]
 
 class Images(torch.utils.data.Dataset):
-    """Canvases of the images of one or several listed sources; for a list of indices __getitems__ gives a `Batch`.
+    """Canvases of one or several sources' images; __getitems__ gives a `Batch` for a list of indices (or IndexError).
     name, canvas (side in pixels), classes (names, empty without), has_masks, grey (by 32 masks: shades of 128..254),
-    fingerprint (sha256 over sorted names and sizes, wherever the root lies). Scenes are drawn once, into memory that
-    workers share. For an unreadable image, reported, the next readable one, or after 30 one further on, stands in."""
+    corners (float32 n 4: the sources' own boxes, x0 y0 x1 y1 in pixels; [] unless all have them), fingerprint (sha256
+    over sorted names and sizes, wherever the root lies). Scenes are drawn once, into memory that workers share. For an
+    unreadable image, reported, the next readable one, or after 30 one further on, stands in."""
 
     def __init__(self, name, canvas, sources):
         self.name, self.canvas, self.source, self.rows, self.broken = name, canvas, sources[0], None, {}
@@ -1094,7 +1095,7 @@ def knn_probe(net, images, split, size, device, half, workers=0):
     return {"knn": 100 * (knn(x, y, q, k=20, classes=len(images.classes)) == truth).double().mean().item()}
 
 def check_args(args):
-    """Refuses, with the remedy, what can be told wrong before anything starts."""
+    """Refuses, with the remedy, what can be told wrong before anything starts. Sets workers and what "auto" is here."""
     world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     above = ("image_size", "canvas", "batch_size", "epochs", "steps", "lr", "blur", "save_every", "log_every",
              "timeout_minutes")
@@ -1127,12 +1128,12 @@ def check_args(args):
         refuse(f"--out {args.out}: {folder} is no folder that can be written to; name another")
 
 def numerics(precision, device, deterministic):
-    """-> dtype of weights and views, dtype of autocast (None: off), gradient scaler (fp16 only). No TF32 in fp32."""
+    """-> dtype of weights and views, of autocast (None: off), gradient scaler (fp16 only). fp32: no TF32. No "auto"."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = not deterministic, precision != "fp32"
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None, "fp64": None}[precision]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     return torch.float64 if precision == "fp64" else torch.float32, half, scaler
 
@@ -1214,10 +1215,10 @@ def run_script(train, parse_args):
             worker.kill()                                            # ends them; then it waits: after a crash, for ever
 
 def settings_of(args, images):
-    """What the numbers of a run hang on, beyond rounding: a checkpoint made with other values of these is refused."""
+    """What a run's numbers hang on, beyond rounding, files by content: a checkpoint with other values is refused."""
     free = {"data", "cache", "workers", "out", "fresh", "save_every", "log_every", "knn_every", "timeout_minutes",
             "device", "compile", "deterministic", "preset"}
-    init = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:16] if args.init else ""    # wherever it lies
+    init = f"sha256 {hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:16]}" if args.init else ""
     return {k: v for k, v in vars(args).items() if k not in free} | {"images": images.fingerprint, "init": init}
 
 def run_length(args, n):

@@ -445,11 +445,11 @@ def train_heads(run, net, data, classes, path):
             fall = 0.2 ** sum(step >= d for d in drops) if drops else (1 + math.cos(math.pi * step / total)) / 2
             group["lr"] = group["peak"] * fall
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        fine = norm.isfinite() | frozen | (scaler.scale(torch.ones_like(n)) > 1)  # a sweep's losses tell; fp16 halves
+        sound = norm.isfinite() | frozen | (scaler.scale(torch.ones_like(n)) > 1)  # a sweep's losses tell; fp16 halves
         scaler.step(optimizer)
         scaler.update()
         step += 1
-        bad_step = torch.where((bad_step == 0) & ~(losses.isfinite().any() & fine), step, bad_step)
+        bad_step = torch.where((bad_step == 0) & ~(losses.isfinite().any() & sound), step, bad_step)
         bar.update()
         if step in ends:
             looks.append(test_heads(run, model, test, asked))

@@ -319,6 +319,8 @@ def test_defaults_of_the_shared_functions():
     assert (found["p_jitter"], found["p_grey"], found["jitter"], found["sigma"]) == (0.8, 0.2, (0.4, 0.4, 0.2, 0.1), (0.1, 2.0))
     assert defaults(common.random_boxes_overlapping)["least"] == 0.01 and defaults(common.random_boxes)["ratio"] == (3 / 4, 4 / 3)
     assert (defaults(common.knn_split)["bank"], defaults(common.knn_split)["queries"]) == (20_000, 2_000)
+    with pytest.raises(KeyError):  # check_args has settled what it is
+        common.numerics("auto", torch.device("cpu"), False)
     for name, half in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", None)):
         dtype, found, scaler = common.numerics(name, torch.device("cpu"), False)
         assert (dtype, found, scaler.is_enabled()) == (torch.float32, half, name == "fp16")
@@ -371,7 +373,7 @@ def test_init_is_compared_by_what_the_file_holds(tmp_path, monkeypatch):
         with pytest.raises(common.UserError, match="init was"):
             train("slotcon", tmp_path / "run", *other, "--steps", 1)
     (tmp_path / "a.pth").write_bytes((tmp_path / "b.pth").read_bytes())
-    with pytest.raises(common.UserError, match="init was"):
+    with pytest.raises(common.UserError, match="init was 'sha256 [0-9a-f]{16}', is 'sha256"):
         train("slotcon", tmp_path / "run", "--init", tmp_path / "a.pth", "--steps", 1)
 
 
