@@ -250,11 +250,10 @@ def squeeze_mask(mask, side, trimap=False, drawing=True):
     return torch.from_numpy(pixels[rows][:, columns].astype(np.uint8))[None]
 
 class Images(torch.utils.data.Dataset):
-    """Canvases of one or several sources' images; __getitems__ gives a `Batch` for a list of indices (or IndexError).
-    name, canvas (side in pixels), classes (names, empty without), has_masks, grey (by 32 masks: shades of 128..254),
-    corners (float32 n 4: the sources' own boxes, x0 y0 x1 y1 in pixels; [] unless all have them), fingerprint (sha256
-    over sorted names and sizes, wherever the root lies). Scenes are drawn once, into memory that workers share. For an
-    unreadable image, reported, the next readable one, or after 30 one further on, stands in."""
+    """Canvases of one or several sources' images; indices -> a `Batch` (or IndexError). name, canvas (side in pixels),
+    classes (names or []), has_masks, grey (by 32 masks: shades of 128..254), corners (float32 n 4: the sources' own
+    boxes, x0 y0 x1 y1 in pixels; [] unless all do), fingerprint (sha256 over sorted names and sizes). Scenes are
+    drawn once, into shared memory. For an unreadable image, reported, the next readable or a further one stands in."""
 
     def __init__(self, name, canvas, sources):
         self.name, self.canvas, self.source, self.rows, self.broken = name, canvas, sources[0], None, {}
