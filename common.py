@@ -33,7 +33,6 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
 SCENE_CLASSES, REACH = 12, 1.7              # the bank of objects spans [-REACH, REACH] object radii
@@ -219,22 +218,24 @@ def squeeze(image, side):
         with contextlib.suppress(RuntimeError, AttributeError):      # unreadable, or a torchvision without it: Pillow's
             image.fp.seek(0)
             pixels = torchvision.io.decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8))
-            return tvf.resize(pixels, [side, side], tvf.InterpolationMode.BICUBIC, antialias=True), size
+            pixels = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)     # strides that torch takes for NHWC
+            return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True)[0], size
         image.fp.seek(0)
     image.load()
-    if scaled and image.size[::-1] != size:
-        image = image.resize((side, side), Image.Resampling.BICUBIC, scaled[1])
+    partly = scaled and scaled[1][2:] != image.size        # nextafter: side / n * n may be less than side
+    if partly and turn in TURNS:
+        image, partly = image.resize((side, side), Image.Resampling.BICUBIC, scaled[1]), False
     if turn in TURNS:
         image, size = image.transpose(TURNS[turn]), size[::-1] if turn >= 5 else size
     if image.mode[0] in "IF":
         grey = np.nan_to_num(np.asarray(image).astype(np.float64))
         top = grey.max() if image.mode == "F" else 65535
-        grey *= 255 if top <= 1 else 1 if top <= 255 else 1 / 256
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((grey * (255 if top <= 1 else 1 if top <= 255 else 1 / 256)).clip(0, 255).astype("u1"))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    pixels = torch.from_numpy(np.asarray(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
-    return tvf.resize(pixels, [side, side], tvf.InterpolationMode.BICUBIC, antialias=True), size
+    pixels = torch.from_numpy(np.asarray(image if image.mode == "RGB" else image.convert("RGB")))[None]
+    fit = {"scale_factor": [math.nextafter(side / n, math.inf) for n in scaled[1][:1:-1]]} if partly else {"size": side}
+    return F.interpolate(pixels.permute(0, 3, 1, 2), **fit, mode="bicubic", antialias=True)[0, :, :side, :side], size
 
 def squeeze_mask(mask, side, trimap=False, drawing=True):
     """One-channel Pillow image -> uint8 1 side side: in each cell the value at its centre. A drawing is of 0 and 255,
@@ -318,7 +319,7 @@ class Images(torch.utils.data.Dataset):
         canvas = canvas.permute(0, 3, 1, 2) if self.rows is None else canvas.view(n, 3, side, side)  # as it comes
         batch = Batch(canvas, torch.full((n, 2), side), torch.full((n,), -1), mask.permute(0, 3, 1, 2), index, [])
         for row, asked in enumerate(indices):
-            for i in [(asked + k + max(0, k - 30) ** 3) % len(self) for k in range(min(PATIENCE, len(self)))]:
+            for i in ((asked + k + max(0, k - 30) ** 3) % len(self) for k in range(min(PATIENCE, len(self)))):
                 try:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")
@@ -347,7 +348,7 @@ class Images(torch.utils.data.Dataset):
     def pack(self, path):
         """From now on reads the file `path`: a line of JSON padded to HEADER bytes, then a `record` an image. Where
         there is none, up to 48 cores pack it, and processes that come meanwhile wait. UserError for other data's."""
-        head = {"version": 1, "images": len(self), "canvas": self.canvas, "masks": self.has_masks,
+        head = {"version": 2, "images": len(self), "canvas": self.canvas, "masks": self.has_masks,
                 "fingerprint": self.fingerprint, "bytes": HEADER + len(self) * self.record.itemsize}
         if not os.path.exists(path):
             with open(f"{path}.tmp", "r+b", opener=lambda p, how: os.open(p, how | os.O_CREAT, 0o666)) as file:
@@ -992,8 +993,7 @@ def knn(bank, bank_labels, queries, *, k=20, temperature=0.07, classes, device=N
         weight = ((cosine - cosine[:, :1]) / temperature).exp()  # of the nearest 1: no temperature is too low
         votes = [weight.new_zeros(len(key), classes).scatter_add_(1, label[:, :n], weight[:, :n]) for n in ks]
         best[i] = torch.stack([v.argmax(1) for v in votes]).cpu()
-    best = torch.cat(best, 1)  # K N
-    return best[0] if isinstance(k, int) else best
+    return torch.cat(best, 1)[0 if isinstance(k, int) else slice(None)]
 
 def refuse(message, local=False):
     """Raises UserError: for the end of a line of checks. local: no other process knows, this one has to speak."""

@@ -173,6 +173,25 @@ def test_scaled_decoding_keeps_the_picture_and_the_odd_size(tmp_path):
     assert (canvas.float() - whole.float()).abs().mean() < 1
 
 
+@pytest.mark.parametrize("height, width", [(128, 192), (129, 193), (128, 191), (191, 128), (513, 387), (613, 835)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_scaled_decoding_ends_at_the_true_edge(tmp_path, height, width, mode):
+    """libjpeg's last pixel of 127 halved is half a pixel: the canvas ends inside it. Equal to Pillow's box but for
+    rounding, on noise, also where one axis has that pixel and the other already has the canvas's side."""
+    noise = Image.fromarray(RNG.integers(0, 255, (height, width, 3), np.uint8))
+    save(noise.convert(mode), tmp_path / "a.jpg", quality=95)
+    canvas, size = read(tmp_path, 64)
+    scaled = Image.open(tmp_path / "a.jpg")
+    _, box = scaled.draft(None, canvas.shape[1:])
+    assert scaled.size[0] < width and size == [height, width]
+    expected = scaled.convert("RGB").resize(canvas.shape[1:], Image.BICUBIC, box)
+    off = (canvas.int() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).int()).abs()
+    assert off.max() <= 2
+    if box[2:] != scaled.size:  # the test can tell
+        assert (torch.from_numpy(np.array(scaled.convert("RGB").resize(canvas.shape[1:], Image.BICUBIC)))
+                .permute(2, 0, 1).int() - canvas.int()).abs().max() > 10
+
+
 @pytest.mark.parametrize("how", [{}, {"quality": 30}, {"quality": 100, "subsampling": 0}, {"subsampling": 1},
                                  {"progressive": True}, {"optimize": True}, {"keep_rgb": True, "subsampling": 0}], ids=str)
 def test_jpegs_by_torchvision_have_pillows_bits(tmp_path, monkeypatch, how):
